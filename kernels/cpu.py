@@ -1,0 +1,107 @@
+"""Launchers of the C kernels: each has the name and the arguments of its NumPy definition (see device.accelerated).
+
+What a kernel does not know (dtype, memory layout) or what is wrong (shapes, a negative tau) it declines before
+anything is written; the launcher then returns NotImplemented and the definition answers, with its error messages.
+ctypes releases the GIL during a kernel. Importing this module raises OSError where the kernels were not compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+_LIBRARY = ctypes.CDLL(str(Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")))
+ctypes.c_void_p.in_dll(_LIBRARY, "ndarray").value = id(np.ndarray)
+ctypes.c_void_p.in_dll(_LIBRARY, "none").value = id(None)
+_TYPES = {"a": ctypes.py_object, "p": ctypes.c_void_p, "n": ctypes.c_ssize_t, "r": ctypes.c_double, "i": ctypes.c_int}
+
+
+def kernel(name: str, arguments: str, result=ctypes.c_int):
+    """A function of the library. Letters of its arguments: a an array (kernels/array.h) or None, p an address,
+    n a size, r a real number, i an int."""
+    function = getattr(_LIBRARY, name)
+    function.argtypes, function.restype = [_TYPES[letter] for letter in arguments], result
+    return function
+
+
+# mpiclip.ops: kernels/ops.c
+
+_norms = kernel("norms", "aa")
+_clip = kernel("clip", "aaraa")
+_clip_step = kernel("clip_step", "aaaraa")
+_apply = kernel("apply", "aaar")
+_row_sum = kernel("row_sum", "aar")
+
+
+def norms(u, out=None):
+    out = np.empty(u.shape[:-1]) if out is None else out
+    return NotImplemented if _norms(u, out) else out
+
+
+def clip(u, tau, out=None, norms=None):
+    tau, taus = (tau, None) if type(tau) is float else _thresholds(tau)
+    out = np.empty(u.shape, u.dtype) if out is None else out
+    return NotImplemented if _clip(u, out, tau, taus, norms) else out
+
+
+def clip_step(u, v, tau, out=None, norms=None):
+    tau, taus = (tau, None) if type(tau) is float else _thresholds(tau)
+    out = np.empty(u.shape, u.dtype) if out is None else out
+    return NotImplemented if _clip_step(u, v, out, tau, taus, norms) else out
+
+
+def apply(x, v, mean, gamma):
+    return NotImplemented if _apply(x, v, mean, gamma) else None
+
+
+def row_sum(u, scale=1.0, out=None):
+    out = np.empty(u.shape[1:], u.dtype) if out is None else out
+    return NotImplemented if _row_sum(u, out, scale) else out
+
+
+def _thresholds(tau) -> tuple[float, np.ndarray | None]:
+    """tau as the kernels take it: a number, or an array of numbers."""
+    return (0.0, np.ascontiguousarray(tau, np.float64)) if np.ndim(tau) else (float(tau), None)
+
+
+if not np.array_equal(norms(np.array([[3.0, 4.0], [5.0, 12.0]])), [5.0, 13.0]):
+    raise OSError("this NumPy or Python keeps its arrays in another way than kernels/array.h says")
+
+
+# the memory's own limits, for `mpiclip bench kernels`: kernels/limits.c
+
+_limit_read = kernel("limit_read", "aa", ctypes.c_double)
+_limit_update = kernel("limit_update", "aa", None)
+
+
+def limit_read(a, b) -> float:
+    """Reads two arrays of floats once. Returns Σ_j a_j b_j."""
+    return _limit_read(a, b)
+
+
+def limit_update(a, b) -> None:
+    """Updates two arrays of floats in place once: a = −a, b = −b."""
+    _limit_update(a, b)
+
+
+# mpiclip.problems._linear_model: kernels/glm.c
+
+_linear_model = kernel("linear_model", "aaaaaaaaaaaiirn")
+_LINKS = {"linear": 0, "logistic": 1}
+_REGULARIZERS = {"none": 0, "l2": 1, "nonconvex": 2}
+
+
+def linear_model(x, data, problem, batch=None, out=None, loss=True):
+    link = _LINKS.get(problem.name)
+    if link is None:
+        return NotImplemented
+    a, sparse = data.a, hasattr(data.a, "indptr")
+    values, indices, indptr = (None if data.ones else a.data, a.indices, a.indptr) if sparse else (a, None, None)
+    rows, offsets, denominators = batch or (None, data.offsets, data.denominators)
+    grad = np.empty((len(data.offsets) - 1, x.shape[-1]), x.dtype) if out is None else out
+    losses = np.empty(len(grad)) if loss else None
+    failed = _linear_model(values, indices, indptr, data.y, rows, offsets, denominators, data.offsets, x, grad, losses, link,
+                           _REGULARIZERS[problem.regularizer], problem.lam, data.features)
+    return NotImplemented if failed else (losses, grad)

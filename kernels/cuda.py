@@ -1,0 +1,150 @@
+"""Launchers of the CUDA kernels: each has the name and the arguments of its NumPy definition (see device.accelerated).
+
+A launcher only looks: what its kernel does not know (dtype, memory layout) or what is wrong (shapes, a negative tau) it
+declines with NotImplemented, before anything is written, and the definition answers, with its error messages. Kernels
+are compiled at first use (CuPy keeps them on disk) and run on CuPy's current stream; no launcher waits for the device.
+So a tau in device memory is not looked at: a row whose tau is negative or NaN becomes NaN. And CuPy compiles all
+kernels such that float32 numbers below 1.2e-38 count as zero."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from .. import device
+
+THREADS = 256         # of a block
+PACKS = 4             # 16-byte loads of one array that a thread has in flight
+BLOCKS = 1024         # of a launch on long rows: about 8 for each multiprocessor of a large GPU
+
+_FOLDER = Path(__file__).parent
+_REAL = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+_NULL = 0             # CuPy passes a Python int as 64 bits, a Python float as a double
+
+
+def options(real: str) -> tuple[str, ...]:
+    """The compiler's options for kernels of `float` or `double`."""
+    # Products and sums are rounded one by one, as in NumPy: these kernels wait for memory, not for arithmetic.
+    # CuPy's cache on disk knows the code and the options, but not what the code includes: hence the checksum.
+    checksum = zlib.crc32(b"".join(path.read_bytes() for path in sorted(_FOLDER.glob("*.cu*"))))
+    return ("-std=c++17", "-fmad=false", f"-I{_FOLDER}", f"-DREAL={real}", f"-DTHREADS={THREADS}", f"-DPACKS={PACKS}",
+            f"-DCHECKSUM={checksum}")
+
+
+@functools.cache
+def _kernel(xp, name: str, dtype):
+    return _module(xp, dtype).get_function(name)
+
+
+@functools.cache
+def _module(xp, dtype):
+    # CuPy writes the code to a file in the locale's encoding, which may not know our Greek: ASCII only.
+    return xp.RawModule(code='#include "ops.cu"', options=options(_REAL[dtype]))
+
+
+def _launch(u, name: str, blocks: int, *arguments) -> None:
+    _kernel(device.xp(u), name, u.dtype)((blocks,), (THREADS,), arguments)
+
+
+def parts(w: int, d: int, itemsize: int) -> int:
+    """How many blocks share one of w rows of d numbers. The shape alone decides, and so the order of every sum."""
+    tile = THREADS * PACKS * 16 // itemsize
+    return max(1, min(-(-d // tile), BLOCKS // w))
+
+
+def _known(u) -> bool:
+    return u.dtype in _REAL and u.ndim in (1, 2) and u.size > 0 and u.flags.c_contiguous
+
+
+def _like(array, u) -> bool:
+    return _on(array, u, u.shape, u.dtype)
+
+
+def _norms_like(array, u) -> bool:
+    return _on(array, u, u.shape[:-1], np.float64)
+
+
+def _on(array, u, shape, dtype) -> bool:
+    """Whether an array lies where u lies, and as a kernel expects it."""
+    return (isinstance(array, device.xp(u).ndarray) and array.shape == shape and array.dtype == dtype
+            and array.flags.c_contiguous)
+
+
+def _rows(u) -> tuple[int, int, int]:
+    """(w, d, parts)"""
+    w, d = u.shape if u.ndim == 2 else (1, u.size)
+    return w, d, parts(w, d, u.dtype.itemsize)
+
+
+def _threshold(tau, u):
+    """(an array of w thresholds or null, one threshold), or None"""
+    xp, rows = device.xp(u), u.shape[:-1]
+    if isinstance(tau, int | float):
+        return (_NULL, float(tau)) if tau >= 0 else None
+    if not isinstance(tau, xp.ndarray):
+        tau = np.asarray(tau, np.float64)
+        if not (tau >= 0).all():
+            return None
+    if tau.shape not in ((), rows):
+        return None
+    return xp.ascontiguousarray(xp.broadcast_to(xp.asarray(tau, np.float64), rows)), 0.0
+
+
+def _squares(u, v=_NULL):
+    """Σ (u_i − v_i)², a sum for each block: (w · parts,). The memory pool hands the same scratch out every time."""
+    w, d, parts = _rows(u)
+    sums = device.xp(u).empty(w * parts)
+    _launch(u, "squares", w * parts, u, v, sums, d, parts)
+    return sums
+
+
+# --- mpiclip.ops: kernels/ops.cu --------------------------------------------------------------------------------------
+
+
+def norms(u, out=None):
+    if not _known(u) or not (out is None or _norms_like(out, u)):
+        return NotImplemented
+    w, _, parts = _rows(u)
+    out = device.xp(u).empty(u.shape[:-1]) if out is None else out
+    _launch(u, "norms", w, _squares(u), out, parts)
+    return out
+
+
+def clip(u, tau, out=None, norms=None):
+    if not (_known(u) and (out is None or _like(out, u)) and (norms is None or _norms_like(norms, u))
+            and (threshold := _threshold(tau, u))):
+        return NotImplemented
+    w, d, parts = _rows(u)
+    out = device.xp(u).empty_like(u) if out is None else out
+    _launch(u, "clip", w * parts, u, _squares(u), *threshold, out, _NULL if norms is None else norms, d, parts)
+    return out
+
+
+def clip_step(u, v, tau, out=None, norms=None):
+    if not (_known(u) and _like(v, u) and (out is None or _like(out, u)) and out is not v
+            and (norms is None or _norms_like(norms, u)) and (threshold := _threshold(tau, u))):
+        return NotImplemented
+    w, d, parts = _rows(u)
+    out = device.xp(u).empty_like(u) if out is None else out
+    _launch(u, "clip_step", w * parts, u, v, _squares(u, v), *threshold, out, _NULL if norms is None else norms, d,
+            parts)
+    return out
+
+
+def apply(x, v, mean, gamma):
+    if not (x.dtype in _REAL and x.size > 0 and x.flags.c_contiguous and _like(v, x) and _like(mean, x)):
+        return NotImplemented
+    _launch(x, "apply", parts(1, x.size, x.dtype.itemsize), x, v, mean, float(gamma), x.size)
+    return None
+
+
+def row_sum(u, scale=1.0, out=None):
+    if not (_known(u) and u.ndim == 2 and (out is None or _on(out, u, u.shape[1:], u.dtype))):
+        return NotImplemented
+    w, d = u.shape
+    out = device.xp(u).empty(d, u.dtype) if out is None else out
+    _launch(u, "row_sum", parts(1, d, u.dtype.itemsize), u, float(scale), out, w, d)
+    return out

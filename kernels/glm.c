@@ -1,0 +1,442 @@
+/* Linear and logistic regression: loss and gradient of all of a rank's workers, in one pass over their rows.
+
+       z_r = a_rᵀ x_i                                                     for the rows r of worker i
+       f_i = Σ_r ℓ(z_r, b_r) / denominator_i      + λ r(x_i)
+       g_i = Σ_r ℓ'(z_r, b_r) a_r / denominator_i + λ r'(x_i)
+
+       linear      ℓ = ½ (z − b)²             ℓ' = z − b
+       logistic    ℓ = log(1 + exp(−b z))     ℓ' = −b / (1 + exp(b z))       b = ±1
+       l2          r = ½ ‖x‖²                 r' = x
+       nonconvex   r = Σ x_j² / (1 + x_j²)    r'_j = 2 x_j / (1 + x_j²)²
+
+   NumPy definition: mpiclip.problems._linear_model.linear_model.
+
+   A worker's rows are cut into parts by a rule that looks at this worker alone. Threads share out the parts, each part
+   has its own sum, and the sums are added in the order of the rows: the bytes do not depend on the threads. */
+
+#ifndef REAL
+/* Fused multiply-add where the CPU has it; -std=c11 alone rounds every product. */
+#pragma GCC optimize("fp-contract=fast")
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "array.h"
+#include "kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))     /* into its caller's CPU_GENERATIONS */
+
+enum { LINEAR, LOGISTIC };              /* as in kernels/cpu.py */
+enum { NONE, L2, NONCONVEX };
+enum {
+    BLOCK = 256,                        /* most rows from whose margins ℓ' is computed in one vectorised loop */
+    CACHED = 1 << 18,                   /* bytes of dense rows that a block may have: they are read twice */
+    MOST_PARTS = 64,                    /* of a worker */
+    DECLINED = 1,
+};
+enum { INT32 = 5, INT64 = sizeof(long) == 8 ? 7 : 9 };      /* NPY_INT; NPY_LONG or NPY_LONGLONG */
+
+typedef struct {
+    const void *values;                 /* dense (m, d), or those of CSR; NULL: CSR, and all are one */
+    const int32_t *indices;             /* CSR */
+    const int64_t *indptr;              /* CSR; NULL: dense */
+    const void *labels;                 /* (m,) */
+    const int64_t *rows;                /* a batch's rows, worker after worker; NULL: all rows */
+    size d;
+    int link;
+} samples;
+
+/* How many parts `count` rows of about `length` numbers make: a part's sum of d numbers is cheap beside its rows. */
+static size parts_of(size count, size length, size d)
+{
+    size rows = 16 * d / length > BLOCK ? 16 * d / length : BLOCK, parts = (count + rows - 1) / rows;
+    return parts < 1 ? 1 : smaller(parts, MOST_PARTS);
+}
+
+static const double LOG2_E = 1.44269504088896340736;
+static const double INVERSE_FACTORIAL[] = {
+    1, 1, 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800,
+    1. / 479001600, 1. / 6227020800,
+};
+
+#define REAL double
+#define SUFFIX f64
+#define BITS int64_t
+#define MANTISSA 52
+#define BIAS 1023
+#define LOWEST -708.0                   /* exp counts as 0 below: its numbers are no longer normal there */
+#define LN2_HIGH 0x1.62e42feep-1        /* ln 2 in two parts; k LN2_HIGH is exact */
+#define LN2_LOW 0x1.a39ef35793c76p-33
+#define EXP_TERMS 13                    /* terms of the series: they reach the last bit */
+#define ARTANH_TERMS 16
+#include "glm.c"
+#undef REAL
+#undef SUFFIX
+#undef BITS
+#undef MANTISSA
+#undef BIAS
+#undef LOWEST
+#undef LN2_HIGH
+#undef LN2_LOW
+#undef EXP_TERMS
+#undef ARTANH_TERMS
+#define REAL float
+#define SUFFIX f32
+#define BITS int32_t
+#define MANTISSA 23
+#define BIAS 127
+#define LOWEST -87.0f
+#define LN2_HIGH 0x1.62e3p-1f
+#define LN2_LOW 0x1.2fefa4p-17f
+#define EXP_TERMS 7
+#define ARTANH_TERMS 7
+#include "glm.c"
+
+/* Whether `offsets` are w + 1 places that ascend from 0 and end at `last` or before. */
+static int ascend(const array *offsets, size w, size last)
+{
+    const int64_t *at = offsets->data;
+    if (!is_dense(offsets, READABLE) || offsets->dtype->number != INT64 || offsets->ndim != 1
+        || offsets->shape[0] != w + 1 || at[0] != 0 || at[w] > last)
+        return 0;
+    for (size i = 0; i < w; i++)
+        if (at[i] > at[i + 1])
+            return 0;
+    return 1;
+}
+
+/* A batch: rows of the data. */
+static int are_rows(const array *rows, size m)
+{
+    if (!is_dense(rows, READABLE) || rows->dtype->number != INT64 || rows->ndim != 1)
+        return 0;
+    for (size k = 0; k < rows->shape[0]; k++)
+        if (((const int64_t *)rows->data)[k] < 0 || ((const int64_t *)rows->data)[k] >= m)
+            return 0;
+    return 1;
+}
+
+/* values: dense (m, d), or those of CSR, or None for a CSR of ones; indices, indptr: None if dense. A CSR is what
+   mpiclip.data has checked. rows: None, or a batch's. loss: an array to fill, or None. */
+int linear_model(const array *values, const array *indices, const array *indptr, const array *labels, const array *rows,
+                 const array *offsets, const array *denominators, const array *owned, const array *x, const array *grad,
+                 const array *loss, int link, int regularizer, double lam, size features)
+{
+    if (!is_float(x, READABLE) || x->ndim < 1 || x->ndim > 2 || !is_float(grad, WRITABLE) || grad->ndim != 2
+        || !is_float(labels, READABLE) || labels->ndim != 1)
+        return DECLINED;
+    const int number = x->dtype->number;
+    const size d = x->shape[x->ndim - 1], m = labels->shape[0], w = grad->shape[0];
+    const size shape[] = { w, d, m, d };
+    const array like_grad = { .shape = shape }, like_values = { .shape = shape + 2 };
+    const size last = rows == none ? m : rows->ndim == 1 ? rows->shape[0] : 0;
+    const int sparse = indptr != none;
+    if (labels->dtype->number != number || !fits(grad, WRITABLE, number, &like_grad, 2)
+        || (x->ndim == 2 && x->shape[0] != w)
+        || (!sparse && !fits(values, READABLE, number, &like_values, 2))
+        || (sparse && (!is_dense(indices, READABLE) || indices->dtype->number != INT32 || !is_dense(indptr, READABLE)
+                       || indptr->dtype->number != INT64 || indptr->ndim != 1 || indptr->shape[0] != m + 1
+                       || (values != none && !fits(values, READABLE, number, indices, 1))))
+        || (rows != none && !are_rows(rows, m)) || !ascend(offsets, w, last) || !ascend(owned, w, m)
+        || !fits(denominators, READABLE, FLOAT64, &like_grad, 1)
+        || (loss != none && !fits(loss, WRITABLE, FLOAT64, &like_grad, 1)))
+        return DECLINED;
+
+    const samples a = {
+        values == none ? NULL : values->data, sparse ? indices->data : NULL, sparse ? indptr->data : NULL, labels->data,
+        rows == none ? NULL : rows->data, d, link,
+    };
+    const size length = sparse && m ? a.indptr[m] / m + 1 : d, x_step = x->ndim == 2 ? d : 0;
+    double *losses = loss == none ? NULL : loss->data;
+    return number == FLOAT32
+        ? linear_model_f32(&a, length, offsets->data, denominators->data, owned->data, w, x->data, x_step, grad->data, losses,
+                           regularizer, lam, features)
+        : linear_model_f64(&a, length, offsets->data, denominators->data, owned->data, w, x->data, x_step, grad->data, losses,
+                           regularizer, lam, features);
+}
+
+#else
+
+/* exp(z) for z ≤ 0: 2^k exp(r) with r = z − k ln 2, |r| ≤ ½ ln 2. NaN stays NaN. */
+INLINE REAL NAME(exp_negative)(REAL z)
+{
+    const REAL magic = (REAL)((BITS)3 << (MANTISSA - 1));           /* added, it leaves k in the lowest bits */
+    union { REAL real; BITS bits; } k = { z * (REAL)LOG2_E + magic }, power;
+    power.bits = (k.bits + BIAS) * ((BITS)1 << MANTISSA);
+    k.real -= magic;
+    REAL r = z - k.real * LN2_HIGH - k.real * LN2_LOW, sum = 0;
+#pragma GCC unroll 16
+    for (int n = EXP_TERMS; n >= 0; n--)
+        sum = sum * r + (REAL)INVERSE_FACTORIAL[n];
+    return z < LOWEST ? 0 : sum * power.real;
+}
+
+/* log(1 + e) for 0 ≤ e ≤ 1: 2 artanh(s), s = e / (2 + e) ≤ 1/3. */
+INLINE REAL NAME(log_1p)(REAL e)
+{
+    REAL s = e / (2 + e), square = s * s, sum = 0;
+#pragma GCC unroll 16
+    for (int n = ARTANH_TERMS; n > 0; n--)
+        sum = (sum + 1 / (REAL)(2 * n + 1)) * square;
+    return 2 * (s + s * sum);
+}
+
+/* z becomes scale ℓ'(z, b); returns Σ ℓ, or 0 where it is not wanted. */
+INLINE double NAME(linear)(REAL *restrict z, const REAL *restrict b, size n, REAL scale, int loss)
+{
+    double sum = 0;
+    for (size j = 0; j < n; j++)
+        z[j] -= b[j];
+    if (loss) {
+#pragma omp simd reduction(+ : sum)
+        for (size j = 0; j < n; j++)
+            sum += 0.5 * z[j] * z[j];
+    }
+    for (size j = 0; j < n; j++)
+        z[j] *= scale;
+    return sum;
+}
+
+INLINE double NAME(logistic)(REAL *restrict z, const REAL *restrict b, size n, REAL scale, int loss)
+{
+    double sum = 0;
+    REAL e[BLOCK];
+    for (size j = 0; j < n; j++) {
+        z[j] *= b[j];
+        e[j] = NAME(exp_negative)(z[j] > 0 ? -z[j] : z[j]);
+    }
+    if (loss) {
+#pragma omp simd reduction(+ : sum)
+        for (size j = 0; j < n; j++)
+            sum += NAME(log_1p)(e[j]) + (z[j] > 0 ? 0 : -z[j]);
+    }
+    for (size j = 0; j < n; j++)
+        z[j] = -b[j] * scale * (z[j] > 0 ? e[j] : 1) / (1 + e[j]);
+    return sum;
+}
+
+/* A row of CSR: Σ_k values_k x[indices_k]. By fours, because an addition waits for the one before it; not vectorised,
+   because many CPUs gather slower than they load. */
+INLINE REAL NAME(sparse_dot)(const REAL *values, const int32_t *indices, size n, const REAL *restrict x, int ones)
+{
+#define TERM(k) ((ones ? 1 : values[k]) * x[indices[k]])
+    REAL s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    size k = 0;
+    for (; k + 4 <= n; k += 4)
+        s0 += TERM(k), s1 += TERM(k + 1), s2 += TERM(k + 2), s3 += TERM(k + 3);
+    if (n & 2)
+        s0 += TERM(k), s1 += TERM(k + 1), k += 2;
+    if (n & 1)
+        s2 += TERM(k);
+    return (s0 + s1) + (s2 + s3);
+#undef TERM
+}
+
+/* g[indices_k] += t values_k */
+INLINE void NAME(sparse_add)(const REAL *values, const int32_t *indices, size n, REAL t, REAL *restrict g, int ones)
+{
+#define ADD(k) g[indices[k]] += t * (ones ? 1 : values[k])
+    size k = 0;
+    for (; k + 4 <= n; k += 4)
+        ADD(k), ADD(k + 1), ADD(k + 2), ADD(k + 3);
+    if (n & 2)
+        ADD(k), ADD(k + 1), k += 2;
+    if (n & 1)
+        ADD(k);
+#undef ADD
+}
+
+INLINE void NAME(sparse_margins)(const samples *a, const int64_t *row, size n, const REAL *x, REAL *z, int ones)
+{
+    const REAL *values = a->values;
+    const int32_t *indices = a->indices;
+    const int64_t *indptr = a->indptr;
+    for (size j = 0; j < n; j++) {
+        size first = indptr[row[j]];
+        z[j] = NAME(sparse_dot)(values + first, indices + first, indptr[row[j] + 1] - first, x, ones);
+    }
+}
+
+INLINE void NAME(sparse_sum)(const samples *a, const int64_t *row, size n, const REAL *t, REAL *g, int ones)
+{
+    const REAL *values = a->values;
+    const int32_t *indices = a->indices;
+    const int64_t *indptr = a->indptr;
+    for (size j = 0; j < n; j++) {
+        size first = indptr[row[j]];
+        NAME(sparse_add)(values + first, indices + first, indptr[row[j] + 1] - first, t[j], g, ones);
+    }
+}
+
+/* Dense rows go by fours: x, or g, is read once for four of them. */
+INLINE void NAME(dense_margins)(const samples *a, const int64_t *row, size n, const REAL *restrict x, REAL *restrict z)
+{
+    const REAL *values = a->values;
+    const size d = a->d;
+    size j = 0;
+    for (; j + 4 <= n; j += 4) {
+        const REAL *a0 = values + row[j] * d, *a1 = values + row[j + 1] * d, *a2 = values + row[j + 2] * d,
+                   *a3 = values + row[j + 3] * d;
+        REAL s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+        for (size k = 0; k < d; k++) {
+            s0 += a0[k] * x[k];
+            s1 += a1[k] * x[k];
+            s2 += a2[k] * x[k];
+            s3 += a3[k] * x[k];
+        }
+        z[j] = s0, z[j + 1] = s1, z[j + 2] = s2, z[j + 3] = s3;
+    }
+    for (; j < n; j++) {
+        const REAL *a0 = values + row[j] * d;
+        REAL sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size k = 0; k < d; k++)
+            sum += a0[k] * x[k];
+        z[j] = sum;
+    }
+}
+
+INLINE void NAME(dense_sum)(const samples *a, const int64_t *row, size n, const REAL *restrict t, REAL *restrict g)
+{
+    const REAL *values = a->values;
+    const size d = a->d;
+    size j = 0;
+    for (; j + 4 <= n; j += 4) {
+        const REAL *a0 = values + row[j] * d, *a1 = values + row[j + 1] * d, *a2 = values + row[j + 2] * d,
+                   *a3 = values + row[j + 3] * d;
+        REAL t0 = t[j], t1 = t[j + 1], t2 = t[j + 2], t3 = t[j + 3];
+#pragma omp simd
+        for (size k = 0; k < d; k++)
+            g[k] += (t0 * a0[k] + t1 * a1[k]) + (t2 * a2[k] + t3 * a3[k]);
+    }
+    for (; j < n; j++) {
+        const REAL *a0 = values + row[j] * d;
+#pragma omp simd
+        for (size k = 0; k < d; k++)
+            g[k] += t[j] * a0[k];
+    }
+}
+
+/* g = Σ scale ℓ'(a_rᵀ x, b_r) a_r over the places first … last − 1 in the list of rows; returns Σ ℓ, if wanted. */
+CPU_GENERATIONS static double NAME(part)(const samples *a, size first, size last, const REAL *x, REAL scale, REAL *g,
+                                         int loss)
+{
+    const REAL *labels = a->labels;
+    int64_t row[BLOCK];
+    REAL z[BLOCK], b[BLOCK];
+    double sum = 0;
+    size block = BLOCK;
+    if (!a->indptr)                     /* a multiple of 4 rows that are still in the cache when they are read again */
+        while (block > 4 && block * a->d * (size)sizeof(REAL) > CACHED)
+            block /= 2;
+    memset(g, 0, a->d * sizeof(REAL));
+    for (; first < last; first += block) {
+        size n = smaller(block, last - first);
+        for (size j = 0; j < n; j++)
+            row[j] = a->rows ? a->rows[first + j] : first + j;
+        for (size j = 0; j < n; j++)
+            b[j] = labels[row[j]];
+
+        if (!a->indptr)
+            NAME(dense_margins)(a, row, n, x, z);
+        else if (a->values)
+            NAME(sparse_margins)(a, row, n, x, z, 0);
+        else
+            NAME(sparse_margins)(a, row, n, x, z, 1);
+
+        sum += a->link == LOGISTIC ? NAME(logistic)(z, b, n, scale, loss) : NAME(linear)(z, b, n, scale, loss);
+
+        if (!a->indptr)
+            NAME(dense_sum)(a, row, n, z, g);
+        else if (a->values)
+            NAME(sparse_sum)(a, row, n, z, g, 0);
+        else
+            NAME(sparse_sum)(a, row, n, z, g, 1);
+    }
+    return sum;
+}
+
+CPU_GENERATIONS static void NAME(add)(REAL *restrict g, const REAL *restrict sum, size d)
+{
+    for (size k = 0; k < d; k++)
+        g[k] += sum[k];
+}
+
+/* g += λ r'(x); returns λ r(x). */
+CPU_GENERATIONS static double NAME(regularize)(int regularizer, double lam, const REAL *restrict x, size n, REAL *restrict g)
+{
+    const REAL factor = lam;
+    double sum = 0;
+    if (regularizer == L2) {
+#pragma omp simd reduction(+ : sum)
+        for (size k = 0; k < n; k++) {
+            g[k] += factor * x[k];
+            sum += 0.5 * x[k] * x[k];
+        }
+    } else if (regularizer == NONCONVEX) {
+#pragma omp simd reduction(+ : sum)
+        for (size k = 0; k < n; k++) {
+            REAL q = 1 / (1 + x[k] * x[k]);
+            double square = (double)x[k] * x[k];
+            g[k] += factor * 2 * x[k] * q * q;
+            sum += square / (1 + square);
+        }
+    }
+    return lam * sum;
+}
+
+/* Worker i has the places offsets[i] … offsets[i+1] − 1 of the rows. It has a regularizer, on its first `features`
+   coordinates, if it owns rows of the data at all: owned[i] < owned[i+1]. Its point is x + i x_step. Fills grad (w, d) and,
+   unless NULL, loss (w,). */
+static int NAME(linear_model)(const samples *a, size length, const int64_t *offsets, const double *denominators,
+                              const int64_t *owned, size w, const REAL *x, size x_step, REAL *grad, double *loss,
+                              int regularizer, double lam, size features)
+{
+    const size d = a->d;
+    size *first = malloc((w + 1) * sizeof *first), parts = 0;       /* worker i's parts: first[i] … first[i+1] − 1 */
+    if (!first)
+        return DECLINED;
+    for (size i = 0; i < w; i++) {
+        first[i] = parts;
+        parts += parts_of(offsets[i + 1] - offsets[i], length, d);
+    }
+    first[w] = parts;
+
+    size *worker = malloc(parts * sizeof *worker + 1);              /* whose part it is */
+    double *losses = malloc(parts * sizeof *losses + 1);
+    REAL *sums = malloc((parts - w) * d * sizeof *sums + 1);        /* a worker's first sum is its row of grad */
+    const int failed = !worker || !losses || !sums;
+    if (!failed) {
+        for (size i = 0; i < w; i++)
+            for (size q = first[i]; q < first[i + 1]; q++)
+                worker[q] = i;
+#pragma omp parallel if ((offsets[w] - offsets[0]) * length + w * d > SMALL)
+        {
+#pragma omp for schedule(dynamic)
+            for (size q = 0; q < parts; q++) {
+                size i = worker[q], k = q - first[i], n = first[i + 1] - first[i], count = offsets[i + 1] - offsets[i];
+                losses[q] = NAME(part)(a, offsets[i] + count * k / n, offsets[i] + count * (k + 1) / n, x + i * x_step,
+                                       1 / denominators[i], k ? sums + (q - i - 1) * d : grad + i * d, loss != NULL);
+            }
+#pragma omp for schedule(static)
+            for (size i = 0; i < w; i++) {
+                double sum = losses[first[i]];
+                for (size q = first[i] + 1; q < first[i + 1]; q++) {
+                    NAME(add)(grad + i * d, sums + (q - i - 1) * d, d);
+                    sum += losses[q];
+                }
+                if (offsets[i] < offsets[i + 1])
+                    sum /= denominators[i];
+                if (owned[i] < owned[i + 1])
+                    sum += NAME(regularize)(regularizer, lam, x + i * x_step, features, grad + i * d);
+                if (loss)
+                    loss[i] = sum;
+            }
+        }
+    }
+    free(first), free(worker), free(losses), free(sums);
+    return failed ? DECLINED : 0;
+}
+#endif

@@ -1,0 +1,61 @@
+/* What the C kernels share. A file of kernels includes itself twice, with REAL float and REAL double: NAME(clip) is
+   clip_f32 and clip_f64. All sizes are numbers of elements. */
+
+#ifndef KERNELS_H
+#define KERNELS_H
+
+#include <stddef.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+typedef ptrdiff_t size;
+
+/* Put before a static function that walks over one block of memory: the compiler builds it for several generations of
+   CPUs, and the loader takes the one that fits. (GCC does not do this for the body of a parallel region: call such
+   functions from there.) */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CPU_GENERATIONS __attribute__((noinline, target_clones("default", "avx2", "avx512f")))
+#else
+#define CPU_GENERATIONS
+#endif
+
+/* In elements. */
+enum {
+    SMALL = 1 << 15,            /* less work than this is not worth a parallel region (a few µs) */
+    CHUNK = 1 << 14,            /* a long vector is cut into chunks that do not depend on the number of threads */
+};
+
+#define JOIN_(name, suffix) name##_##suffix
+#define JOIN(name, suffix) JOIN_(name, suffix)
+#define NAME(name) JOIN(name, SUFFIX)
+
+static inline size smaller(size a, size b) { return a < b ? a : b; }
+
+/* Ask for the `bytes` that lie 2 KiB beyond p: by itself a CPU does not look past the end of a page, and a pass that
+   only reads is then a tenth slower. */
+static inline __attribute__((always_inline)) void fetch_ahead(const void *p, size bytes)
+{
+    for (size k = 0; k < bytes; k += 64)
+        __builtin_prefetch((const char *)p + 2048 + k);
+}
+
+static inline size thread_number(void)
+{
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+static inline size thread_count(void)
+{
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
+#endif

@@ -1,0 +1,108 @@
+// The operations of mpiclip.ops on a GPU. Arrays are (w, d), rows one behind the other, or (w,) in double; a null
+// pointer is an array that was not handed in. A norm takes two kernels: `squares` leaves one sum a block, the next one
+// adds them up.
+#include "rows.cuh"
+
+// mpiclip.ops.norms, clip, clip_step, first half: Σ_j u_ij², or Σ_j (u_ij − v_ij)² if v is there; one sum a block, sums
+// (w, parts). In double, whatever REAL is: the square of a float is exact there and cannot overflow.
+KERNEL squares(const REAL* u, const REAL* v, double* sums, int64 d, int64 parts)
+{
+    const Share s = share(parts);
+    double sum = 0;
+    if (v)
+        sweep<2, 0>({u, v}, nullptr, d, s, [&](const REAL* x, REAL*) {
+            const double difference = x[0] - x[1];
+            sum = fma(difference, difference, sum);
+        });
+    else
+        sweep<1, 0>({u}, nullptr, d, s, [&](const REAL* x, REAL*) { sum = fma(double(x[0]), double(x[0]), sum); });
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// ‖·‖ of the row, from its blocks' sums: every block adds them itself, in the same order; no third kernel in between.
+__device__ double row_norm(const double* sums, Share s)
+{
+    double sum = 0;
+    for (int64 k = threadIdx.x; k < s.parts; k += THREADS) sum += sums[s.row * s.parts + k];
+    return sqrt(block_sum(sum));
+}
+
+// mpiclip.ops.norms, second half: norms_i = ‖u_i‖. One block a row.
+KERNEL norms(const double* sums, double* norms, int64 parts)
+{
+    const double norm = row_norm(sums, {blockIdx.x, 0, parts});
+    if (threadIdx.x == 0) norms[blockIdx.x] = norm;
+}
+
+// mpiclip.ops.clip_factor: min(1, τ_i/‖·‖) rounded towards zero. NaN for a row that is not finite, and for a τ that is
+// no threshold: nobody can look at a τ_i in device memory before the launch without waiting for the device.
+__device__ REAL clip_factor(const double* sums, const double* taus, double tau, double* norms, Share s)
+{
+    const double norm = row_norm(sums, s);
+    if (norms && s.part == 0 && threadIdx.x == 0) norms[s.row] = norm;
+    if (taus) tau = taus[s.row];
+    if (!(isfinite(norm) && tau >= 0)) return nan("");
+    const double exact = norm > tau ? tau / norm : 1;
+    const REAL factor = exact;
+    return factor > exact ? nextafter(factor, REAL(0)) : factor;
+}
+
+// mpiclip.ops.clip, second half: c_i = u_i min(1, τ_i/‖u_i‖). c may be u: a row within τ is not written then.
+KERNEL clip(const REAL* u, const double* sums, const double* taus, double tau, REAL* c, double* norms,
+            int64 d, int64 parts)
+{
+    const Share s = share(parts);
+    const REAL factor = clip_factor(sums, taus, tau, norms, s);
+    if (factor == 1 && c == u) return;
+    REAL* const out[] = {c};
+    sweep<1, 1>({u}, out, d, s, [&](const REAL* x, REAL* y) { y[0] = x[0] * factor; });
+}
+
+// mpiclip.ops.clip_step, second half: c_i = (u_i − v_i) min(1, τ_i/‖u_i − v_i‖), v_i += c_i; c may be u.
+KERNEL clip_step(const REAL* u, REAL* v, const double* sums, const double* taus, double tau, REAL* c, double* norms,
+                 int64 d, int64 parts)
+{
+    const Share s = share(parts);
+    const REAL factor = clip_factor(sums, taus, tau, norms, s);
+    const bool clipped = !isnan(factor);                // else v_i stays
+    REAL* const out[] = {c, v};
+    sweep<2, 2>({u, v}, out, d, s, [&](const REAL* x, REAL* y) {
+        y[0] = (x[0] - x[1]) * factor;
+        y[1] = clipped ? x[1] + y[0] : x[1];
+    });
+}
+
+// mpiclip.ops.apply: v += mean, x −= γ v. The arrays are taken as one row.
+KERNEL apply(REAL* x, REAL* v, const REAL* mean, double gamma, int64 size)
+{
+    REAL* const out[] = {v, x};
+    sweep<3, 2>({x, v, mean}, out, size, share(gridDim.x), [&](const REAL* a, REAL* y) {
+        y[0] = a[1] + a[2];
+        y[1] = a[0] - REAL(gamma) * y[0];
+    });
+}
+
+// A thread's columns of row_sum, K of them at a time.
+template <int K>
+__device__ inline void columns(const REAL* u, REAL scale, REAL* out, int64 w, int64 d)
+{
+    struct alignas(K * sizeof(REAL)) Columns { REAL at[K]; };
+    for (int64 j = K * (int64(blockIdx.x) * THREADS + threadIdx.x); j < d; j += K * (int64(gridDim.x) * THREADS)) {
+        Columns sum = {};
+        #pragma unroll 4                                // loads in flight; the additions keep their order
+        for (int64 i = 0; i < w; i++) {
+            const Columns u_i = *reinterpret_cast<const Columns*>(u + i * d + j);
+            for (int k = 0; k < K; k++) sum.at[k] += u_i.at[k];
+        }
+        for (int k = 0; k < K; k++) sum.at[k] *= scale;
+        *reinterpret_cast<Columns*>(out + j) = sum;
+    }
+}
+
+// mpiclip.ops.row_sum: out_j = scale Σ_i u_ij, in the order i = 0, 1, …
+KERNEL row_sum(const REAL* u, double scale, REAL* out, int64 w, int64 d)
+{
+    if (d % N == 0 && to_boundary(u) == 0 && to_boundary(out) == 0) columns<N>(u, scale, out, w, d);
+    else columns<1>(u, scale, out, w, d);
+}

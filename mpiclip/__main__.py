@@ -1,0 +1,151 @@
+"""The command line: `mpiclip VERB …`, alone or under mpirun or srun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from .errors import InputError
+from .version import __version__
+
+DONE, BAD_INPUT, AGAIN = 0, 2, 75       # 75: EX_TEMPFAIL, stopped by a signal after a checkpoint: run me again
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit status: 0 done, 2 bad input (one line on stderr), 75 stopped by a signal after a
+    checkpoint. Anything else is a bug, and shows a traceback."""
+    try:
+        args = parser().parse_args(argv)
+        return args.verb(args) or DONE
+    except InputError as error:
+        return _end(str(error), error.agreed, BAD_INPUT)
+    except KeyboardInterrupt:
+        return _end("interrupted", False, 130)
+    except BrokenPipeError:                             # mpiclip show … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _end(message: str, agreed: bool, status: int) -> int:
+    """Say why in one line, once. What one rank alone has met, the others must not wait for: they are aborted."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    world = mpi.COMM_WORLD if mpi and mpi.Is_initialized() else None
+    if world is None or world.rank == 0 or not agreed:
+        sys.stderr.write(f"mpiclip: {message}\n")
+        sys.stderr.flush()
+    if world is not None and world.size > 1 and not agreed:
+        world.Abort(status)
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    top = argparse.ArgumentParser(prog="mpiclip", description="Distributed learning with clipped gradients on MPI.")
+    top.add_argument("--version", action="version", version=f"mpiclip {__version__}")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    def verb(function, *names: str, within=verbs):
+        new = within.add_parser(names[-1], help=function.__doc__.splitlines()[0], description=function.__doc__)
+        new.set_defaults(verb=function)
+        return new
+
+    setting = {"action": "append", "default": [], "metavar": "TABLE.KEY=VALUE", "help": "override a key of the config"}
+    new = verb(train, "train")
+    new.add_argument("config", help="a TOML file")
+    new.add_argument("--set", dest="settings", **setting)
+    new.add_argument("--out", help="folder for run.h5 and checkpoints/ (default: runs/NAME-OF-CONFIG)")
+    new = verb(resume, "resume")
+    new.add_argument("out", metavar="DIR", help="the folder of the run")
+    new.add_argument("--set", dest="settings", **setting)
+    new = verb(show, "show")
+    new.add_argument("dirs", nargs="+", metavar="DIR", help="folders of runs")
+    new.add_argument("--json", action="store_true", help="for programs")
+    new = verb(plot, "plot")
+    new.add_argument("dirs", nargs="+", metavar="DIR", help="folders of runs")
+    new.add_argument("--x", default="round", help="round, seconds or bytes (default: round)")
+    new.add_argument("--y", default="loss", help="a metric: loss, grad_norm, accuracy … (default: loss)")
+    new.add_argument("-o", dest="out", metavar="FILE", help="PNG, SVG or PDF (default: METRIC.png)")
+
+    data = verbs.add_parser("data", help="Import and describe data sets.").add_subparsers(required=True, metavar="VERB")
+    new = verb(data_import, "import", within=data)
+    new.add_argument("sources", nargs="+", metavar="SOURCE", help="LIBSVM text, npz or csv; also .gz, .bz2, .xz")
+    new.add_argument("dest", metavar="DEST.h5")
+    new.add_argument("--format", help="default: guessed from the name, then from the content")
+    new.add_argument("--test", nargs="+", default=[], metavar="SOURCE", help="the test rows")
+    new.add_argument("--features", type=int, metavar="N", help="the number of features, if the rows do not show all")
+    new.add_argument("--label", metavar="COLUMN", help="csv: the label's column, name or number (default: the last)")
+    new = verb(data_info, "info", within=data)
+    new.add_argument("file")
+
+    new = verb(bench, "bench")
+    new.add_argument("what", choices=["kernels", "exchange"])
+    new.add_argument("--json", action="store_true", help="for programs")
+    verb(doctor, "doctor")
+    return top
+
+
+def train(args) -> int:
+    """Run an experiment."""
+    from .comm import world
+    from .train import train
+    ranks = world()
+    out = args.out or ranks.same(_free_folder(Path("runs") / Path(args.config).stem))
+    return AGAIN if train(args.config, ranks, out, args.settings, progress=True).stopped else DONE
+
+
+def _free_folder(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3 … that holds no run."""
+    number = 1
+    while (free := folder if number == 1 else folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return free
+
+
+def resume(args) -> int:
+    """Go on with a run from its newest checkpoint, on any number of ranks."""
+    from .train import resume
+    return AGAIN if resume(args.out, args.settings, progress=True).stopped else DONE
+
+
+def show(args) -> None:
+    """What ran, its last metrics, the seconds by part; several runs side by side."""
+    from .show import show
+    print(show(args.dirs, args.json))
+
+
+def plot(args) -> None:
+    """Draw a metric of several runs on one picture."""
+    from .plot import plot
+    print(plot(args.dirs, args.x, args.y, args.out))
+
+
+def data_import(args) -> None:
+    """Convert data files to HDF5."""
+    from .data import info
+    from .importers import import_file
+    import_file(args.sources, args.dest, args.format, args.test, args.features, args.label)
+    print(info(args.dest))
+
+
+def data_info(args) -> None:
+    """What is in an HDF5 data file."""
+    from .data import info
+    print(info(args.file))
+
+
+def bench(args) -> None:
+    """Check the compiled kernels or the exchange, then time them against this machine's own limits."""
+    from .bench import bench
+    bench(args.what, args.json)
+
+
+def doctor(args) -> None:
+    """What this machine offers: MPI, ranks, threads, GPUs, HDF5, compiled kernels; and what will be slow."""
+    from .doctor import doctor
+    doctor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,338 @@
+"""Data sets: one HDF5 file, of which each rank reads the rows of its own workers.
+
+    attributes    format, version, package (that wrote it), sources, features, rows, digest (SHA-256 of all numbers)
+    classes       (C,) the distinct labels; absent if they are not integers or more than 1000
+    train, test   groups (test may be absent), each with
+        y         (N,) float64, labels as found
+        x         (N, p) float32 or float64: a dense set; or as CSR, attribute shape = (N, p):
+        indptr    (N+1,) int64;  indices (nnz,) int32;  data (nnz,) float32 or float64
+
+All arrays are contiguous, so that a slice of rows is a slice of the file. Files are opened without HDF5 locks, which
+shared file systems often lack; nothing writes to a data file once it has its name.
+"""
+
+import hashlib
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+
+from mpiclip import splits
+from mpiclip.errors import InputError
+from mpiclip.version import __version__
+
+FORMAT, VERSION = "mpiclip data", 1
+BLOCK = 1 << 21  # numbers held beside a rank's own while reading or writing: 16 MiB of float64
+MOST_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Csr:
+    """A sparse matrix (m, p): row k has data[a:b] in the columns indices[a:b], a, b = indptr[k], indptr[k+1]."""
+
+    indptr: np.ndarray  # (m+1,) int64
+    indices: np.ndarray  # (nnz,) int32
+    data: np.ndarray  # (nnz,)
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's rows of a data set, worker after worker; a worker's rows ascend in the file."""
+
+    x: np.ndarray | Csr  # (m, p)
+    y: np.ndarray  # (m,) float64, labels as in the file
+    offsets: np.ndarray  # (w+1,) int64: worker i's rows are offsets[i]:offsets[i+1]
+    ids: np.ndarray  # (w,) int64, the workers' global numbers
+    n: int  # workers in all
+    total: int  # rows in all, over all workers
+    classes: np.ndarray | None  # (C,) distinct labels of the whole set, sorted, if integers and at most 1000
+    features: int  # p
+
+
+def read_train(file, split, workers, ids, seed, dtype, alpha=None, similarity=None) -> Shard:
+    """The training rows of the workers `ids` out of n = `workers`, split over them as `splits.split` says.
+
+    Holds only these rows, and the labels of all. A worker number of n or more (one that only attacks) has no rows.
+    InputError: no usable file, more workers than rows, a number that is not finite in `dtype`, labels unfit for the
+    split."""
+    with _open(file) as f:
+        labels = _read_labels(file, f["train"])
+        classes = _classes(f)
+        if workers > len(labels):
+            raise InputError(f"{file}: {len(labels)} rows for {workers} workers, expected at least one row per worker")
+        if split in splits.BY_CLASS and classes is None:
+            raise InputError(
+                f"{file}: split = {split!r} needs class labels, expected integers, at most {MOST_CLASSES} distinct ones"
+            )
+        parts = splits.split(split, labels, workers, seed, alpha, similarity)
+        own = [parts[i] if i < workers else np.empty(0, np.int64) for i in ids]
+        rows = np.concatenate([np.empty(0, np.int64), *own])
+        return Shard(
+            x=_read_rows(file, f["train"], rows, dtype),
+            y=labels[rows],
+            offsets=np.cumsum([0, *map(len, own)], dtype=np.int64),
+            ids=np.array(ids, np.int64),
+            n=workers,
+            total=sum(map(len, parts)),
+            classes=classes,
+            features=int(f.attrs["features"]),
+        )
+
+
+def read_test(file, part: int, parts: int, dtype) -> Shard | None:
+    """The part-th of `parts` equal slices of the test rows, as one worker's; None if the file has no test rows."""
+    with _open(file) as f:
+        if "test" not in f:
+            return None
+        labels = _read_labels(file, f["test"])
+        rows = np.array_split(np.arange(len(labels)), parts)[part]
+        return Shard(
+            x=_read_rows(file, f["test"], rows, dtype),
+            y=labels[rows],
+            offsets=np.array([0, len(rows)]),
+            ids=np.array([part]),
+            n=parts,
+            total=len(labels),
+            classes=_classes(f),
+            features=int(f.attrs["features"]),
+        )
+
+
+def fingerprint(file) -> str:
+    """16 hexadecimal digits that change with the data: what the import digested, and the shapes and labels of now."""
+    digest = hashlib.sha256()
+    with _open(file) as f:
+        digest.update(f.attrs["digest"].encode())
+        for name in _parts(f):
+            digest.update(f"{name} {_shape(f[name])}".encode())
+            digest.update(f[name]["y"][:].data)
+    return digest.hexdigest()[:16]
+
+
+def info(file) -> str:
+    """What is in a data file, for people: a few lines of text."""
+    with _open(file) as f:
+        lines = [f"{file}: from {', '.join(f.attrs['sources'])}, written by mpiclip {f.attrs['package']}"]
+        for name in _parts(f):
+            group, (rows, features) = f[name], _shape(f[name])
+            values = group["x"] if "x" in group else group["data"]
+            kind = "dense" if "x" in group else f"sparse, {values.size} non-zeros ({values.size / rows / features:.2%})"
+            lines.append(f"{name:5}  {rows} rows, {features} features, {values.dtype}, {kind}")
+            lines.append(f"       {_describe(group['y'][:])}")
+    return "\n".join(lines)
+
+
+def check_destination(dest) -> None:
+    """InputError if `dest` cannot be created, or exists and is not a data file that a new import may replace."""
+    folder = os.path.dirname(os.path.abspath(dest))
+    if not os.path.isdir(folder):
+        raise InputError(f"{dest}: no folder {folder} to write to")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{dest}: the folder {folder} is not writable")
+    if os.path.lexists(dest):
+        try:
+            with _open(dest):
+                pass
+        except InputError:
+            raise InputError(f"{dest}: exists and is not an mpiclip data file, so it is not overwritten") from None
+
+
+def write(dest, sources, train, test=None) -> None:
+    """Write a data file under a temporary name, then rename it: a reader finds the old file or the new one, never half.
+
+    `train` and `test` are (x, y): x an array (N, p), stored dense, or a SciPy CSR matrix, stored dense, too, if at
+    least half of the training set's numbers are there; y (N,) float64. x is stored as float32 if that is exact."""
+    x, _ = train
+    dense = isinstance(x, np.ndarray) or 2 * x.nnz >= x.shape[0] * x.shape[1]
+    parts = {"train": train} if test is None else {"train": train, "test": test}
+    classes = np.unique(np.concatenate([y for _, y in parts.values()]))
+    temporary = f"{dest}.tmp"
+    try:
+        with h5py.File(temporary, "w") as f:
+            digest = hashlib.sha256()
+            for name, (x, y) in parts.items():
+                group = f.create_group(name)
+                group["y"] = y
+                digest.update(y.data)
+                (_write_dense if dense else _write_csr)(group, x, digest)
+            if len(classes) <= MOST_CLASSES and np.array_equal(classes, np.round(classes)):
+                f["classes"] = classes
+            f.attrs.update(format=FORMAT, version=VERSION, package=__version__, sources=[str(s) for s in sources])
+            f.attrs.update(features=x.shape[1], rows=len(train[1]), digest=digest.hexdigest())
+        _sync(temporary)
+        os.replace(temporary, dest)
+        _sync(os.path.dirname(os.path.abspath(dest)))
+    except OSError as error:
+        raise InputError(f"{dest}: cannot be written: {_reason(error)}") from None
+    finally:
+        if os.path.isfile(temporary):
+            os.remove(temporary)
+
+
+def nonfinite(x) -> tuple[int, int, np.floating] | None:
+    """Row, column and value of the first NaN or infinity in a dense or CSR matrix; None if there is none."""
+    values = x.reshape(-1) if isinstance(x, np.ndarray) else x.data
+    for start in range(0, len(values), BLOCK):
+        finite = np.isfinite(values[start : start + BLOCK])
+        if not finite.all():
+            k = start + int(np.argmin(finite))
+            if isinstance(x, np.ndarray):
+                return *divmod(k, x.shape[1]), values[k]
+            return int(np.searchsorted(x.indptr, k, side="right")) - 1, int(x.indices[k]), values[k]
+    return None
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open(file):
+    """The file, read-only; whatever HDF5 finds wrong with it, then or later, ends in one line."""
+    try:
+        with h5py.File(file, "r", locking=False) as f:
+            if f.attrs.get("format") != FORMAT:
+                raise InputError(f"{file}: not a data file of mpiclip; make one: mpiclip data import SOURCE DEST.h5")
+            if f.attrs["version"] != VERSION:
+                raise InputError(f"{file}: layout version {f.attrs['version']}, expected {VERSION}; import it again")
+            yield f
+    except (OSError, KeyError, RuntimeError) as error:
+        if getattr(error, "errno", None):
+            raise InputError(f"{file}: {_reason(error)}") from None
+        if not h5py.is_hdf5(file):
+            raise InputError(f"{file}: not an HDF5 file; make one: mpiclip data import {file} DEST.h5") from None
+        raise InputError(f"{file}: truncated or damaged: {_reason(error)}") from None
+
+
+def _parts(f) -> list[str]:
+    return [name for name in ("train", "test") if name in f]
+
+
+def _shape(group) -> tuple[int, int]:
+    rows, features = group["x"].shape if "x" in group else group.attrs["shape"]
+    return int(rows), int(features)
+
+
+def _classes(f):
+    return f["classes"][:] if "classes" in f else None
+
+
+def _read_labels(file, group) -> np.ndarray:
+    y = group["y"][:]
+    if len(y) != _shape(group)[0]:
+        raise InputError(f"{file}: damaged: {len(y)} labels for {_shape(group)[0]} rows of {group.name[1:]}")
+    finite = np.isfinite(y)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise InputError(f"{file}: the label of {group.name[1:]} row {row + 1} is {y[row]}, expected a finite number")
+    return y
+
+
+def _read_rows(file, group, rows, dtype) -> np.ndarray | Csr:
+    """x of these rows of the file, in this order and repeats allowed, as new arrays."""
+    read = _read_dense if "x" in group else _read_csr
+    with np.errstate(over="ignore"):  # a float64 number beyond float32 becomes inf, which is refused below
+        x = read(group, rows, np.dtype(dtype))
+    if found := nonfinite(x):
+        row, column, value = found
+        raise InputError(
+            f"{file}: feature {column + 1} of {group.name[1:]} row {rows[row] + 1} is {value} in {value.dtype}, "
+            "expected a finite number"
+        )
+    return x
+
+
+def _read_dense(group, rows, dtype):
+    source = group["x"]
+    count, features = source.shape
+    x = np.empty((len(rows), features), dtype)
+    for at in _blocks(rows, np.arange(count + 1) * features):
+        wanted = rows[at]
+        x[at] = source[wanted[0] : wanted[-1] + 1][wanted - wanted[0]]
+    return x
+
+
+def _read_csr(group, rows, dtype):
+    count, features = _shape(group)
+    indptr = group["indptr"][:]
+    if len(indptr) != count + 1 or indptr[0] != 0 or indptr[-1] != len(group["data"]) or np.any(np.diff(indptr) < 0):
+        raise OSError(f"{group.name}/indptr makes no sense")
+    starts, lengths = indptr[rows], indptr[rows + 1] - indptr[rows]
+    own = np.concatenate([[0], np.cumsum(lengths)])
+    indices, data = np.empty(own[-1], np.int32), np.empty(own[-1], dtype)
+    for at in _blocks(rows, indptr):
+        low, high = starts[at[0]], starts[at[-1]] + lengths[at[-1]]
+        source, target = _ranges(starts[at] - low, lengths[at]), _ranges(own[at], lengths[at])
+        indices[target] = group["indices"][low:high][source]
+        data[target] = group["data"][low:high][source]
+    if len(indices) and not 0 <= indices.min() <= indices.max() < features:
+        raise OSError(f"{group.name}/indices has a feature outside 0:{features}")
+    return Csr(own, indices, data, (len(rows), features))
+
+
+def _blocks(rows, indptr):
+    """The positions of `rows`, by ascending row, in pieces whose first and last row lie within BLOCK numbers in the
+    file. Neighbours are thus read as one slice, and what lies between scattered rows is read past, not row by row."""
+    order = np.argsort(rows, kind="stable")
+    starts, ends = indptr[rows[order]], indptr[rows[order] + 1]
+    low = 0
+    while low < len(rows):
+        high = max(low + 1, int(np.searchsorted(ends, starts[low] + BLOCK, side="right")))
+        yield order[low:high]
+        low = high
+
+
+def _ranges(starts, lengths):
+    """start_0, start_0 + 1, …, start_0 + length_0 − 1, start_1, …"""
+    shifts = starts - np.cumsum(lengths) + lengths
+    return np.repeat(shifts, lengths) + np.arange(lengths.sum())
+
+
+def _describe(y) -> str:
+    values, counts = np.unique(y, return_counts=True)
+    if len(values) > 20:
+        return f"labels from {values[0]:g} to {values[-1]:g}, mean {y.mean():g}, {len(values)} distinct"
+    return "labels " + ", ".join(f"{value:g}: {count}" for value, count in zip(values, counts, strict=True))
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _write_dense(group, x, digest) -> None:
+    target = group.create_dataset("x", x.shape, _smallest(x if isinstance(x, np.ndarray) else x.data))
+    step = max(1, BLOCK // x.shape[1])
+    for start in range(0, x.shape[0], step):
+        block = x[start : start + step]
+        block = np.ascontiguousarray(block if isinstance(block, np.ndarray) else block.toarray(), target.dtype)
+        target[start : start + step] = block
+        digest.update(block.data)
+
+
+def _write_csr(group, x, digest) -> None:
+    group.attrs["shape"] = x.shape
+    types = {"indptr": np.int64, "indices": np.int32, "data": _smallest(x.data)}
+    for name, dtype in types.items():
+        array = getattr(x, name).astype(dtype, copy=False)
+        group[name] = array
+        digest.update(array.data)
+
+
+def _smallest(values):
+    with np.errstate(over="ignore"):
+        exact = np.array_equal(values.astype(np.float32), values)
+    return np.float32 if exact else np.float64
+
+
+def _sync(path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error) -> str:
+    """The system's or HDF5's words for an error, on one line."""
+    return os.strerror(error.errno) if getattr(error, "errno", None) else " ".join(str(error).split())

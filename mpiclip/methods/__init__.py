@@ -1,0 +1,76 @@
+"""Published methods, one file each. The file's name is the config's `method.name`, the record's fields are its keys.
+
+A method is a frozen record of the paper's constants with two functions:
+
+    init(s, workers)                  declares the state: s.v_i = workers.zeros() …
+    round(x, s, workers, aggregate)   one round of the paper's algorithm
+
+x               the model (d,), as every worker has received it; not to be written to
+s               the state. s.x is the server's model, which `round` updates in place. Names ending in `_i` belong to the
+                workers: one row for each of this rank's w workers. All other names belong to the server: arrays like
+                s.x, of the columns that this rank serves. What is in s is checkpointed.
+workers         grad(x) → ∇f_i(x) (w, d), yours to overwrite until the next call; x is (d,), or (w, d): a point each
+aggregate(u_i)  (w, d) → the mean over all n workers, or what the robust rules make of them: this rank's columns, valid
+                until the next call; aggregate.norm(u) is the norm of such a server vector
+
+A method that clips keeps s.clipped_i: the share of its steps in this round in which a worker clipped."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import unknown
+
+
+class Quantile(BaseModel):
+    """τ = the q-quantile of the workers' first gradient norms ‖∇f_i(x⁰)‖."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    quantile: float = Field(ge=0, le=1)
+
+
+Positive = Annotated[float, Field(gt=0)]
+Threshold = Annotated[float, Field(ge=0)] | Quantile
+StepSize = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["1/L"]
+
+
+class Method(BaseModel):
+    """The base of all methods: a frozen record of constants."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str]
+
+    def init(self, s: Any, workers: Any) -> None:
+        """Declare the state beside s.x."""
+
+    def round(self, x, s: Any, workers: Any, aggregate: Any) -> None:
+        """One round: updates s.x, and whatever else is in s."""
+        raise NotImplementedError
+
+
+def names() -> list[str]:
+    """The methods there are: the files of this folder."""
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def load(name: str) -> type[Method]:
+    """The record of the method called `name`. Raises InputError if there is none."""
+    if name not in names():
+        raise unknown("method.name", name, names())
+    module = importlib.import_module(f"{__name__}.{name}")
+    method = next(c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__
+                  and issubclass(c, Method))
+    method.name = name
+    return method
+
+
+def __getattr__(name: str) -> Any:
+    """mpiclip.methods.Clip21: the record called so, wherever it lives."""
+    for method in map(load, names()):
+        if method.__name__ == name:
+            return method
+    raise AttributeError(name)

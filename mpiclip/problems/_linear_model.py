@@ -1,0 +1,182 @@
+"""What linear, logistic and softmax regression have in common: f_i is a mean over rows, of a function of scores that are
+linear in x. All of a rank's workers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..device import accelerated, host, xp
+from ..errors import InputError
+from . import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of w workers, one worker after the other."""
+
+    a: Any                      # (m, q) dense, or data.Csr: the p features and, if there is an intercept, a column of ones
+    y: Any                      # (m,) labels, as the problem's `link` wants them
+    offsets: np.ndarray         # (w+1,) int64: worker i's rows are offsets[i]:offsets[i+1]
+    features: int               # p: so many columns, the first ones, are regularised
+    outputs: int                # C: scores of a row; x is a (C, q) matrix, flattened
+    ones: bool                  # CSR in which every value is 1
+
+    @cached_property
+    def denominators(self) -> np.ndarray:
+        """(w,) float64: each worker's number of rows, or 1."""
+        return np.maximum(np.diff(host(self.offsets)), 1).astype(np.float64)
+
+
+class LinearModel(Problem):
+    """f_i(x) = (1/m_i) Σ_r ℓ(z_r, b_r) + λ r(x), over worker i's m_i rows (a_r, b_r). The scores z_r = x a_r are C
+    numbers, x is a (C, p) matrix, flattened. intercept = true: every a_r has one more element, its last, which is 1; x's
+    coordinates for it are not regularised."""
+
+    intercept: bool = False
+
+    def labels(self, shard: Any) -> tuple[np.ndarray, int]:
+        """(the labels (m,) as `link` wants them, C)"""
+        raise NotImplementedError
+
+    def link(self, z, y) -> tuple[Any, Any]:
+        """(ℓ(z, y) (m,), ∂ℓ/∂z (m, C)) of scores z (m, C)"""
+        raise NotImplementedError
+
+    def curvature(self, z):
+        """The product (m, C) of a bound of the Hessian ∂²ℓ/∂z², from above and for all scores, with z (m, C)"""
+        raise NotImplementedError
+
+    def prepare(self, shard, ids, n, seed, dtype):
+        if shard is None:
+            raise InputError(f"problem.name: '{self.name}' learns from data, but there is no table [data]; "
+                             "expected data.file")
+        y, outputs = self.labels(shard)
+        a = with_intercept(shard.x) if self.intercept else shard.x
+        if is_sparse(a):
+            a = dataclasses.replace(a, data=np.ascontiguousarray(a.data, dtype))
+        else:
+            a = np.ascontiguousarray(a, dtype)
+        ones = is_sparse(a) and bool((a.data == 1).all())
+        return Rows(a, y.astype(dtype), np.asarray(shard.offsets, np.int64), shard.features, outputs, ones)
+
+    def x0(self, data, seed, dtype):
+        return np.full(data.outputs * data.a.shape[1], self.start, dtype)
+
+    def loss_grad(self, x, data, batch=None, out=None, loss=True):
+        return linear_model(x, data, self, batch, out, loss)
+
+    def smoothness_product(self, u_i, data):
+        a, offsets, product = matrix(data.a), host(data.offsets), xp(u_i).empty_like(u_i)
+        u, h = (v.reshape(len(u_i), data.outputs, -1) for v in (u_i, product))
+        z = scores(a, u, offsets)
+        combine(a, self.curvature(z) * per_row(1 / data.denominators, offsets, z), offsets, h)
+        curvature = self.regularizer_curvature * (np.diff(offsets) > 0)
+        h[..., :data.features] += xp(u).asarray(curvature, u.dtype)[:, None, None] * u[..., :data.features]
+        return product
+
+
+@accelerated
+def linear_model(x, data: Rows, problem: LinearModel, batch=None, out=None, loss: bool = True):
+    """LinearModel.loss_grad."""
+    owners = np.diff(host(data.offsets)) > 0
+    a, y = matrix(data.a), data.y
+    if batch is None:
+        offsets, denominators = host(data.offsets), data.denominators
+    else:
+        rows = xp(x).asarray(batch[0])
+        a, y, offsets, denominators = a[rows], y[rows], host(batch[1]), host(batch[2])
+    grad = xp(x).empty((len(owners), x.shape[-1]), x.dtype) if out is None else out
+    x = x.reshape(*x.shape[:-1], data.outputs, -1)                          # (C, q), or (w, C, q)
+    g = grad.reshape(len(owners), data.outputs, -1)
+
+    z = scores(a, x, offsets)
+    values, slopes = problem.link(z, y)
+    combine(a, slopes / per_row(denominators, offsets, z), offsets, g)
+    losses = sums(values, offsets) / xp(x).asarray(np.where(np.diff(offsets), denominators, 1)) if loss else None
+    penalised = np.s_[..., :data.features]
+    problem.regularize(x[penalised] if x.ndim == 3 else x[None][penalised], g[penalised], losses, owners)
+    return losses, grad
+
+
+# linear algebra on rows. a: (m, q), a dense array or a sparse matrix, worker after worker as in offsets (w+1,)
+
+def scores(a, x, offsets):
+    """z_r = x_i a_r for the rows r of worker i, (m, C). x: (C, q), or (w, C, q) with a matrix for each worker."""
+    if x.ndim == 2:
+        return a @ x.T
+    w, C, q = x.shape
+    if is_sparse(a):
+        return side_by_side(a, offsets) @ x.transpose(0, 2, 1).reshape(w * q, C)
+    z = xp(x).empty((len(a), C), x.dtype)
+    for workers, rows, shape in blocks(offsets):
+        z[rows] = (a[rows].reshape(*shape, q) @ x[workers].transpose(0, 2, 1)).reshape(-1, C)
+    return z
+
+
+def combine(a, t, offsets, out) -> None:
+    """out_i = Σ_r t_r a_rᵀ over the rows r of worker i. t: (m, C), out: (w, C, q)."""
+    w, C, q = out.shape
+    if is_sparse(a):
+        out[:] = (side_by_side(a, offsets).T @ t).reshape(w, q, C).transpose(0, 2, 1)
+        return
+    for workers, rows, shape in blocks(offsets):
+        out[workers] = t[rows].reshape(*shape, C).transpose(0, 2, 1) @ a[rows].reshape(*shape, q)
+
+
+def sums(values, offsets):
+    """Σ_r values_r over the rows r of worker i, (w,) float64."""
+    total = xp(values).empty(len(offsets) - 1)
+    for workers, rows, shape in blocks(offsets):
+        total[workers] = values[rows].reshape(shape).sum(1, dtype=np.float64)
+    return total
+
+
+def per_row(value_i, offsets, like):
+    """value_i (w,) once for each row of worker i, (m, 1), on the device and with the dtype of `like`."""
+    return xp(like).asarray(np.repeat(value_i, np.diff(offsets))[:, None], like.dtype)
+
+
+def blocks(offsets) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
+    """Neighbouring workers that have equally many rows are one array: (the workers, their rows, (workers, rows each)).
+    Few blocks, as a rule: rows are dealt out as evenly as they can be, and minibatches have one size."""
+    counts = np.diff(offsets)
+    edges = np.flatnonzero(np.diff(counts, prepend=-1, append=-1))
+    for i, j in zip(edges[:-1], edges[1:], strict=True):
+        yield slice(i, j), slice(offsets[i], offsets[j]), (j - i, counts[i])
+
+
+def side_by_side(a, offsets):
+    """The rows of a (m, q) with worker i's columns moved to the places i q … i q + q − 1, (m, w q): the product with it,
+    or with its transpose, keeps the workers apart."""
+    ends = a.indptr[xp(a.data).asarray(offsets[1:])]
+    owner = xp(a.data).searchsorted(ends, xp(a.data).arange(len(a.data)), side="right")
+    columns = a.indices + owner * a.shape[1]
+    return type(a)((a.data, columns, a.indptr), shape=(a.shape[0], (len(offsets) - 1) * a.shape[1]))
+
+
+def is_sparse(a) -> bool:
+    return hasattr(a, "indptr")
+
+
+def matrix(a):
+    """data.Csr as a sparse matrix of SciPy or CuPy; a dense array is returned as it is."""
+    if not is_sparse(a):
+        return a
+    sparse = importlib.import_module("scipy.sparse" if xp(a.data) is np else "cupyx.scipy.sparse")
+    return sparse.csr_matrix((a.data, a.indices, a.indptr), shape=a.shape)
+
+
+def with_intercept(a):
+    """a with a column of ones behind it."""
+    m, p = a.shape
+    if not is_sparse(a):
+        return np.hstack([a, np.ones((m, 1), a.dtype)])
+    ends = a.indptr[1:]
+    return dataclasses.replace(a, indptr=a.indptr + np.arange(m + 1), indices=np.insert(a.indices, ends, p),
+                               data=np.insert(a.data, ends, 1), shape=(m, p + 1))

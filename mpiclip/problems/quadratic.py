@@ -1,0 +1,99 @@
+"""Quadratic functions, whose optimum is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ..device import xp
+from ..errors import InputError
+from ..streams import stream
+from . import Finite, NotNegative, Problem
+from ._linear_model import combine, matrix, per_row
+
+
+@dataclass(frozen=True)
+class Curves:
+    a_i: Any                # (w, d) curvature
+    c_i: Any                # (w, d) centre
+    owners: Any             # (w,) bool: whether the worker has an f_i; without rows of the data set it has none, and a_i = 0
+
+
+class Quadratic(Problem):
+    """f_i(x) = ½ (x − c_i)ᵀ diag(a_i) (x − c_i) + λ r(x), from one of three sources:
+
+    curvature, centre               a_i and c_i, a list of d numbers for each worker
+    dimension, condition, spread    drawn from the seed: a_i is a permutation of d numbers in geometric progression from
+                                    1/condition to 1, c_i has d independent normal numbers with standard deviation `spread`
+    neither, but a data set         a_i = 1, and c_i is the mean of worker i's rows: the optimum is the distributed mean"""
+
+    curvature: list[list[NotNegative]] | None = None
+    centre: list[list[Finite]] | None = None
+    dimension: Annotated[int, Field(ge=1)] | None = None
+    condition: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+    spread: NotNegative = 1.0
+
+    @model_validator(mode="after")
+    def _check(self):
+        if (self.curvature is None) != (self.centre is None):
+            raise ValueError("curvature and centre go together, found only one of them")
+        if self.curvature is not None:
+            if self.dimension is not None:
+                raise ValueError("found both dimension and curvature; expected one of them")
+            shapes = [{len(row) for row in rows} for rows in (self.curvature, self.centre)]
+            if len(self.curvature) != len(self.centre) or shapes[0] != shapes[1] or len(shapes[0]) != 1 or 0 in shapes[0]:
+                raise ValueError("curvature and centre: expected equally many numbers for each worker in both")
+        return self
+
+    def prepare(self, shard, ids, n, seed, dtype):
+        sources = {"problem.curvature": self.curvature, "problem.dimension": self.dimension, "data.file": shard}
+        given = [key for key, value in sources.items() if value is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "nothing"
+            raise InputError(f"problem: 'quadratic' found {found}; expected one of {', '.join(sources)}")
+        if self.curvature is not None:
+            if len(self.curvature) != n:
+                raise InputError(f"problem.curvature: {len(self.curvature)} rows; expected one for each of the {n} workers")
+            a_i, c_i = np.array(self.curvature, dtype)[ids], np.array(self.centre, dtype)[ids]
+        elif self.dimension is not None:
+            a_i = np.array([self._curvature(seed, i) for i in ids], dtype)
+            c_i = np.array([self._centre(seed, i) for i in ids], dtype)
+        else:
+            return self._means(shard, dtype)
+        return Curves(a_i, c_i, np.ones(len(ids), bool))
+
+    def _means(self, shard, dtype) -> Curves:
+        counts = np.diff(shard.offsets)
+        c_i = np.empty((len(counts), shard.features), dtype)
+        combine(matrix(shard.x), per_row(1 / np.maximum(counts, 1), shard.offsets, c_i), shard.offsets, c_i[:, None])
+        owners = counts > 0
+        return Curves(np.repeat(owners[:, None].astype(dtype), shard.features, axis=1), c_i, owners)
+
+    def x0(self, data, seed, dtype):
+        return np.full(data.a_i.shape[1], self.start, dtype)
+
+    def loss_grad(self, x, data, batch=None, out=None, loss=True):
+        if batch is not None:
+            raise InputError("run.batch: problem.name = 'quadratic' has no rows to draw from; expected \"full\"")
+        difference = x - data.c_i
+        grad = xp(x).multiply(data.a_i, difference, out=out)
+        losses = (grad * difference).sum(1, dtype=np.float64) / 2 if loss else None
+        self.regularize(x.reshape(-1, 1, x.shape[-1]), grad[:, None], losses, data.owners)
+        return losses, grad
+
+    def smoothness_product(self, u_i, data):
+        return data.a_i * u_i + xp(u_i).where(data.owners[:, None], u_i.dtype.type(self.regularizer_curvature) * u_i, 0)
+
+    def _curvature(self, seed: int, i: int) -> np.ndarray:
+        return stream(seed, "curvature", i).permutation(np.geomspace(1 / self.condition, 1, self.dimension))
+
+    def _centre(self, seed: int, i: int) -> np.ndarray:
+        return self.spread * stream(seed, "centre", i).standard_normal(self.dimension)
+
+
+def optimum(a_i, c_i):
+    """The x that minimises (1/n) Σ f_i without a regularizer, (d,): Σ a_i c_i / Σ a_i. a_i, c_i: (n, d), all workers."""
+    return (a_i * c_i).sum(0) / a_i.sum(0)

@@ -1,0 +1,110 @@
+"""Rows: n vectors of d coordinates, of which this rank holds some columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .device import host, xp
+
+BLOCK = 8000        # columns worked on at a time: they stay in cache, and a row's stride is no multiple of a page
+
+
+class Rows:
+    """n vectors x_1 … x_n ∈ R^d as the rows of a matrix X, split by columns over the ranks.
+
+    Rules that look at whole vectors need norms and inner products, tiny sums over all the columns, and answer with a
+    mixing matrix W; `mix` only notes it. The data are touched once, at the end, by `columns` or `coordinates`.
+
+    X      this rank's (n, columns) array; never written to
+    total  sums a small float64 array over the ranks that hold the other columns (default: this rank has them all)"""
+
+    def __init__(self, X, total: Callable = np.asarray, W: np.ndarray | None = None, basis: np.ndarray | None = None):
+        self.X, self.total = X, total
+        self.W, self._basis = W, basis        # W: (n, rows of X), None is the identity; basis: see _centred_gram
+
+    @property
+    def n(self) -> int:
+        """The number of vectors."""
+        return len(self.X) if self.W is None else len(self.W)
+
+    def mix(self, W: np.ndarray) -> Rows:
+        """The rows W X: row i becomes Σ_j W_ij x_j. W: (m, n); costs O(m n²), not d."""
+        return Rows(self.X, self.total, W if self.W is None else W @ self.W, self._basis)
+
+    def replace(self, row: np.ndarray, vector) -> Rows:
+        """The rows with those that `row` (n,) marks replaced by one vector (columns,) that is no mixture of them."""
+        X = self.columns(copy=True)
+        X[row] = vector
+        return Rows(X, self.total)
+
+    def norms(self) -> np.ndarray:
+        """‖x_i‖₂, (n,) float64; the same bytes on every rank."""
+        if self.W is None:
+            return np.sqrt(self.total(self._squares()))
+        W, G = self._in_basis()
+        return np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", W, G, W), 0))
+
+    def gram(self) -> np.ndarray:
+        """⟨x_i, x_j⟩, (n, n) float64; the same bytes on every rank."""
+        W, G = self._in_basis()
+        return W @ G @ W.T
+
+    def distances(self) -> np.ndarray:
+        """‖x_i − x_j‖₂², (n, n) float64. The mean has been taken off before any product, so that nothing cancels when
+        the vectors are close together and far from zero."""
+        W, G = self._in_basis()
+        D = W[:, None, :] - W[None, :, :]
+        return np.maximum(np.einsum("ijk,kl,ijl->ij", D, G, D), 0)
+
+    def columns(self, copy: bool = False):
+        """W X, this rank's columns (n, columns)."""
+        if self.W is None:
+            return self.X.copy() if copy else self.X
+        return xp(self.X).asarray(self.W, self.X.dtype) @ self.X
+
+    def coordinates(self, rule: Callable):
+        """rule: (n, b) → (b,), applied to this rank's columns, a block that stays in cache at a time. → (columns,)"""
+        W = None if self.W is None else xp(self.X).asarray(self.W, self.X.dtype)
+        result = xp(self.X).empty(self.X.shape[1], self.X.dtype)
+        for start in range(0, self.X.shape[1], BLOCK):
+            block = self.X[:, start:start + BLOCK]
+            result[start:start + BLOCK] = rule(block if W is None else W @ block)
+        return result
+
+    def mean(self):
+        """The mean of the rows, (columns,)."""
+        weights = np.full(self.n, 1 / self.n) if self.W is None else self.W.mean(0)
+        return xp(self.X).asarray(weights, self.X.dtype) @ self.X
+
+    def finite(self) -> np.ndarray:
+        """Which rows are finite, squared norm included: (n,) bool, the same on every rank."""
+        return np.isfinite(self.total(self._squares())) if self.W is None else np.isfinite(self.norms())
+
+    def _squares(self) -> np.ndarray:
+        """Σ_j x_ij² over this rank's columns, in float64."""
+        squares = np.zeros(len(self.X))
+        for start in range(0, self.X.shape[1], BLOCK):
+            block = self.X[:, start:start + BLOCK].astype(np.float64)
+            squares += host(xp(block).einsum("ij,ij->i", block, block))
+        return squares
+
+    def _in_basis(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows as W · B, and the Gram matrix of B = (x_1 − x̄, …, x_n − x̄, x̄)."""
+        if self._basis is None:
+            self._basis = self._centred_gram()
+        m = len(self.X)
+        W = np.eye(m) if self.W is None else self.W
+        return np.hstack([W, W.sum(1, keepdims=True)]), self._basis
+
+    def _centred_gram(self) -> np.ndarray:
+        """Inner products of the rows less their mean, and of the mean: (n+1, n+1) float64, summed over the ranks."""
+        m = len(self.X)
+        gram = np.zeros((m + 1, m + 1))
+        for start in range(0, self.X.shape[1], BLOCK):
+            block = self.X[:, start:start + BLOCK].astype(np.float64)
+            mean = block.mean(0)
+            basis = xp(block).vstack([block - mean, mean])
+            gram += host(basis @ basis.T)
+        return self.total(gram)

@@ -1,0 +1,196 @@
+"""What a run was and what became of it, in words: one run, or several in a table."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import record
+
+GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "eta": "η", "lam": "λ", "sigma": "σ",
+         "tau": "τ"}
+PARTS = ("grad", "clip", "comm", "rules", "eval")
+
+
+def show(dirs: Sequence[str | Path], as_json: bool = False) -> str:
+    """The text that `mpiclip show` prints. JSON: an object with the keys config, rounds, workers, ranks, final,
+    seconds, bytes_sent, or a list of them for several runs; what is not a finite number is null. Raises InputError for
+    a folder without a readable run."""
+    runs = [summary(dir) for dir in dirs]
+    if as_json:
+        return json.dumps(runs[0] if len(runs) == 1 else runs, indent=2, ensure_ascii=False)
+    return _one(runs[0], dirs[0]) if len(runs) == 1 else _several(runs, dirs)
+
+
+def summary(dir: str | Path) -> dict[str, Any]:
+    """The facts about a run, as DESIGN's JSON keys name them: rounds are those done, seconds and bytes_sent (per rank)
+    the whole run's, final the last line of the metrics."""
+    header, lines = record.read(dir)
+    final = {name: float(lines[name][-1]) for name in lines.dtype.names or ()} if len(lines) else {}
+    return _finite({
+        "config": record.config(header), "rounds": int(final.get("round", 0)),
+        "workers": header.get("workers"), "ranks": header.get("ranks"), "version": header.get("version"),
+        "dimension": header.get("dimension"), "constants": header.get("constants", {}),
+        "final": final, "seconds": final.get("seconds"), "bytes_sent": final.get("bytes")})
+
+
+def labels(configs: Sequence[dict[str, Any]], dirs: Sequence[str | Path]) -> list[str]:
+    """Names that tell runs apart: the method, and the keys whose values differ between the runs; the folder where that
+    is not enough, or too much to read."""
+    flat = [_flat(config) for config in configs]
+    keys = [key for key in dict.fromkeys(key for f in flat for key in f)
+            if key != "method.name" and len({str(f.get(key)) for f in flat}) > 1]
+    names = []
+    for f, dir in zip(flat, dirs, strict=True):
+        method = str(f.get("method.name", Path(dir).name))
+        name = ", ".join([method] + [_setting(key, f[key]) for key in keys if key in f])
+        names.append(name if len(name) <= 48 else f"{method} ({Path(dir).name})")
+    return [name if names.count(name) == 1 else f"{name} ({Path(dir).name})"
+            for name, dir in zip(names, dirs, strict=True)]
+
+
+def about(config: dict[str, Any]) -> str:
+    """The experiment without the method, in a few words: logistic (nonconvex, λ = 0.1) on a9a.h5"""
+    problem = config.get("problem", {})
+    details = [problem.get("regularizer", "none")]
+    if details == ["none"]:
+        details = []
+    elif "lam" in problem:
+        details.append(_setting("lam", problem["lam"]))
+    file = config.get("data", {}).get("file")
+    return (problem.get("name", "?") + (f" ({', '.join(details)})" if details else "")
+            + (f" on {Path(file).name}" if file else ""))
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"method": {"tau": 1}} → {"method.tau": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _setting(key: str, value: Any) -> str:
+    """τ = 0.1; of a name or a file only the value"""
+    *_, table, name = ["", *key.split(".")]
+    if name == "file":
+        return Path(str(value)).name
+    if name == "name":
+        return f"{table} {value}" if table == "attack" else str(value)
+    if name == "rules":
+        return " → ".join(value) or "mean"
+    return f"{GREEK.get(name, name.replace('_', ' '))} = {f'{value:g}' if isinstance(value, float) else value}"
+
+
+def _constant(key: str, value: Any, resolved: Any) -> str:
+    """stepsize = 0.5; of one that the config left to a rule, the rule as well: stepsize = 0.0213 (theory)"""
+    rule = ", ".join(f"{k} {v:g}" for k, v in value.items()) if isinstance(value, dict) else value
+    return _setting(key, resolved) + ("" if resolved == value else f" ({rule})")
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for NaN and the infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float | None) -> str:
+    """Four digits are enough for a person; – where there is no number."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def size(count: float | None) -> str:
+    """Bytes with a decimal prefix: 12.3 MB"""
+    if count is None:
+        return "–"
+    power = min(int(math.log10(max(count, 1)) / 3), 5)
+    return f"{count / 1000**power:.{0 if power == 0 else 1}f} {' kMGTP'[power].strip()}B"
+
+
+def _one(run: dict[str, Any], dir: str | Path) -> str:
+    from rich.table import Table
+    config, final = run["config"], run["final"]
+    settings, asked = config.get("run", {}), config.get("run", {}).get("rounds", run["rounds"])
+    method = [_constant(key, value, run["constants"].get(key, value))
+              for key, value in config.get("method", {}).items() if key != "name"]
+    problem = about(config) + (f", d = {run['dimension']}" if run["dimension"] else "")
+    facts = [
+        ("run", f"{dir} (mpiclip {run['version']})" if run["version"] else str(dir)),
+        ("method", ", ".join([config.get("method", {}).get("name", "?"), *method])),
+        ("problem", problem),
+        ("workers", f"{run['workers']} on {run['ranks']} rank{'s' * (run['ranks'] != 1)}"),
+        ("rounds", f"{run['rounds']}" if run["rounds"] == asked else f"{run['rounds']} of {asked}")]
+    if "seed" in settings:
+        facts.append(("seed", f"{settings['seed']}"))
+    results = [(name, number(value)) for name, value in final.items()
+               if value is not None and not name.startswith("seconds") and name not in ("round", "bytes", "epsilon")]
+    if final.get("epsilon") is not None:
+        delta = config.get("method", {}).get("delta")
+        at = f" at δ = {number(delta)}" if delta else ""
+        results.append(("privacy spent", f"ε = {number(final['epsilon'])}{at}"))
+    if run["bytes_sent"] is not None:
+        results.append(("sent per rank", size(run["bytes_sent"])))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for fact in [*facts, ("", ""), *results]:
+        table.add_row(*fact)
+    return _text(table, _seconds(run)) if run["seconds"] else _text(table)
+
+
+def _seconds(run: dict[str, Any]):
+    """Where the time went."""
+    from rich import box
+    from rich.table import Table
+    total = run["seconds"]
+    parts = [(part, run["final"].get(f"seconds_{part}")) for part in PARTS]
+    parts = [(part, seconds) for part, seconds in parts if seconds is not None]
+    parts += [("other", max(0.0, total - sum(seconds for _, seconds in parts))), ("all", total)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("part")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    for part, seconds in parts:
+        table.add_row(part, f"{seconds:.2f}", f"{100 * seconds / total:.0f} %")
+    return table
+
+
+def _several(runs: Sequence[dict[str, Any]], dirs: Sequence[str | Path]) -> str:
+    from rich import box
+    from rich.table import Table
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    metrics = [name for name in ("loss", "grad_norm", "accuracy", "perplexity", "epsilon")
+               if any(run["final"].get(name) is not None for run in runs)]
+    table.add_column("run", overflow="fold", min_width=6)
+    table.add_column("method", min_width=12)
+    columns = {"rounds": [str(run["rounds"]) for run in runs],
+               **{name: [number(run["final"].get(name)) for run in runs] for name in metrics},
+               "seconds": [number(run["seconds"]) for run in runs]}
+    if len(metrics) <= 3:                                   # what 80 columns have room for
+        columns["sent"] = [size(run["bytes_sent"]) for run in runs]
+    for name, cells in columns.items():
+        table.add_column(name, justify="right", min_width=max(len(cell) for cell in [name, *cells]))
+    names = labels([run["config"] for run in runs], dirs)
+    for dir, name, *cells in zip(dirs, names, *columns.values(), strict=True):
+        table.add_row(str(dir), name, *cells)
+    return _text(table)
+
+
+def _text(*parts) -> str:
+    """Plain text, as wide as the terminal; 80 columns in a pipe; wider if numbers would have to be cut."""
+    from rich.console import Console
+    out = io.StringIO()
+    console = Console(file=out, width=1000, color_system=None, markup=False)
+    needed = max(console.measure(part).minimum for part in parts)
+    console.width = max(shutil.get_terminal_size().columns, needed)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

@@ -1,0 +1,368 @@
+"""A training run: put the parts together, then the loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from . import checkpoint, constants, data, record
+from . import config as configs
+from .aggregation import Aggregation
+from .attacks import ATTACKS
+from .comm import Comm, Server, world
+from .config import Config
+from .device import host, select, set_threads
+from .errors import InputError
+from .version import __version__
+from .workers import CHECKPOINT, GO, NOT_FINITE, STOP, Workers
+
+PATIENCE = 600.0            # seconds between two checkpoints, unless run.checkpoint_every says how many rounds
+PARTS = ("grad", "clip", "comm", "rules", "eval")
+MAY_CHANGE = {"run.rounds", "run.eval_every", "run.checkpoint_every", "run.keep", "run.device", "run.threads",
+              "run.gpu_aware_mpi", "data.file"}     # on resume; everything else would make it another run
+
+
+@dataclass
+class Run:
+    """What a training run leaves.
+
+    x        the model, (d,), the same on every rank
+    config   what ran
+    metrics  name → float64 array with one entry for each evaluated round (on every rank)
+    stopped  whether a signal ended it before all rounds were done"""
+
+    x: np.ndarray
+    config: Config
+    metrics: dict[str, np.ndarray]
+    stopped: bool
+
+    def summary(self) -> dict[str, float]:
+        """The last value of each metric."""
+        return {name: float(values[-1]) for name, values in self.metrics.items()}
+
+
+def train(config: str | os.PathLike | dict, comm: Any = None, out: str | os.PathLike | None = None,
+          settings: Sequence[str] = (), progress: bool = False) -> Run:
+    """Run an experiment, on this rank and all the others.
+
+    config: a TOML file's path, or its tables as a dict. comm: an mpi4py communicator, or a Comm; default: all ranks
+    that mpirun or srun started, or this process alone. out: the folder for run.h5 and checkpoints/; None writes
+    nothing. settings: "table.key=value" strings that override the config. progress: say on stderr how it goes. Raises
+    InputError, on all ranks, for bad input.
+
+    >>> run = train({"problem": {"name": "quadratic", "curvature": [[1], [2]], "centre": [[-3], [3]]},
+    ...              "method": {"name": "clip21", "tau": 1, "stepsize": 0.1},
+    ...              "run": {"workers": 2, "rounds": 200, "dtype": "float64"}})
+    >>> run.x
+    array([1.])
+    """
+    ranks = ranks_of(comm)
+    with ranks.agree():
+        checked = configs.load(config, settings)
+    return Training(checked, ranks, out, progress).run()
+
+
+def resume(out: str | os.PathLike, settings: Sequence[str] = (), comm: Any = None, progress: bool = False) -> Run:
+    """Go on with the run in `out` from its newest valid checkpoint, on any number of ranks: the same bytes as if it had
+    never stopped. settings: "run.rounds=2000" …, only what does not change the run (MAY_CHANGE); the rest as train."""
+    ranks = ranks_of(comm)
+    with ranks.agree():
+        header, lines = record.read(Path(out))
+        before = record.config(header)
+        now = configs.load(json.loads(json.dumps(before)), settings)
+        for table, values in now.as_dict().items():
+            for key, value in values.items():
+                old = before.get(table, {}).get(key)
+                if value != old and f"{table}.{key}" not in MAY_CHANGE:
+                    raise InputError(f"{table}.{key} = {value!r}: {out} was started with {old!r}; a resumed run may "
+                                     f"change only {', '.join(sorted(MAY_CHANGE))}")
+    return Training(now, ranks, out, progress, lines).run()
+
+
+def ranks_of(comm: Any) -> Comm:
+    """The ranks to run on: a Comm, that of an mpi4py communicator, or by default all that were started."""
+    return comm if isinstance(comm, Comm) else Comm(comm) if comm is not None else world()
+
+
+def attack_of(table: dict[str, Any] | None) -> Callable | None:
+    """The attack that { name = …, … } describes: (rows, byzantine) → rows."""
+    if table is None:
+        return None
+    return partial(ATTACKS[table["name"]], **{key: value for key, value in table.items() if key != "name"})
+
+
+class Training:
+    """The parts of one run, on this rank. `before`: the lines of metrics of a run that is resumed."""
+
+    def __init__(self, config: Config, comm: Comm, out: str | os.PathLike | None, progress: bool = False,
+                 before: np.ndarray | None = None):
+        self.config, self.comm, self.out = config, comm, None if out is None else Path(out)
+        run, agg = config.run, config.aggregate
+        n = run.workers or comm.size
+        byzantine = np.arange(n) >= n - (agg.f if agg.attack else 0)        # the last f workers
+        honest = int((~byzantine).sum())
+        with comm.agree():
+            if n < comm.size:
+                raise InputError(f"run.workers = {n}: fewer than the {comm.size} ranks; start at most {n}")
+            self.device = select(run.device, comm.local_rank)
+            set_threads(run.threads or comm.threads)
+            ids = np.array_split(np.arange(n), comm.size)[comm.rank]
+            shard, tested, self.fingerprint = self._read(honest, ids)
+            problem = config.problem
+            inputs = problem.prepare(shard, ids, honest, run.seed, run.dtype)
+            self.test = None if tested is None else problem.prepare(tested, tested.ids, tested.n, run.seed, run.dtype)
+        x = problem.x0(inputs, run.seed, run.dtype)
+        self.server = Server(comm, len(x), n, len(ids), self.device, run.dtype, agg.at,
+                             means_only=not agg.rules and not agg.attack, gpu_aware=run.gpu_aware_mpi)
+        self.workers = Workers(problem, self.device.put_all(inputs), None if shard is None else shard.offsets, ids,
+                               len(x), run.dtype, self.device, comm, run.seed,
+                               None if run.batch == "full" else run.batch, honest, tolerant=bool(agg.rules))
+        with comm.agree():
+            self.aggregate = Aggregation(self.server, agg.rules, agg.f, attack_of(agg.attack), byzantine)
+        self.start, self.stop_asked = 0, False
+        self.began, self.seconds = perf_counter(), dict.fromkeys(PARTS, 0.0)
+        self.saved, self.saved_round = self.began, -1           # the newest checkpoint: when, and after which round
+        self.s = SimpleNamespace(x=self.device.put(x[self.server.own].copy()))
+        config.method.init(self.s, self.workers)
+        self.lines: list[dict[str, float]] = []
+        if before is None:
+            self.method = constants.resolve(config.method, self._whole_x(), self.workers, self.server)
+        else:
+            self._load()
+            names = before.dtype.names or ()
+            self.lines = [dict(zip(names, map(float, line), strict=True)) for line in before
+                          if line["round"] < self.start]
+        self.record = self._open_record(before is not None)
+        self.progress = record.Progress(run.rounds, self.start) if progress and comm.rank == 0 else None
+        if self.progress:
+            sys.stderr.write(self._what_runs())
+
+    # ---- the loop
+
+    def run(self) -> Run:
+        """All rounds that are left; ends early, after a checkpoint, when a signal asks for it."""
+        config, workers, k = self.config, self.workers, self.start
+        x = self._whole_x()
+        stopped = False
+        with self._signals():
+            while k < config.run.rounds and not stopped:
+                if k % config.run.eval_every == 0:
+                    self._evaluate(k, x)
+                workers.begin(k)
+                workers.wish = STOP if self.stop_asked else self._checkpoint_due(k)
+                try:
+                    self._round(x)
+                except InputError:
+                    if workers.agreed == NOT_FINITE:      # nothing of this round has happened yet
+                        self._save(k)
+                    raise
+                x = self._whole_x()
+                k += 1
+                stopped = workers.agreed == STOP
+                if workers.agreed >= CHECKPOINT:
+                    self._save(k)
+                if self.progress and self.lines:
+                    self.progress.update(k, self.lines[-1])
+            if not stopped:
+                self._evaluate(k, x)
+                self._save(k)
+        return self._finish(x, stopped)
+
+    def _round(self, x) -> None:
+        """One round of the method; what is neither gradient nor exchange nor rules is the method's own: clipping."""
+        parts: tuple[Any, ...] = (self.workers, self.comm, self.aggregate)
+        start, before = perf_counter(), [part.seconds for part in parts]
+        self.method.round(x, self.s, self.workers, self.aggregate)
+        spent = [part.seconds - b for part, b in zip(parts, before, strict=True)]
+        for name, seconds in zip(("grad", "comm", "rules"), spent, strict=True):
+            self.seconds[name] += seconds
+        self.seconds["clip"] += perf_counter() - start - sum(spent)
+
+    def _whole_x(self):
+        """x^k as every worker receives it."""
+        before = self.comm.seconds
+        x = self.server.join(self.s.x)
+        self.seconds["comm"] += self.comm.seconds - before
+        return x
+
+    # ---- metrics
+
+    def _columns(self) -> list[str]:
+        return ["round", "seconds", "loss", "grad_norm",
+                *(["accuracy"] if self._accuracy_of is not None else []),
+                *(["clipped"] if hasattr(self.s, "clipped_i") else []),
+                *(["replaced"] if self.config.aggregate.rules else []),
+                "bytes", *(f"seconds_{part}" for part in PARTS)]
+
+    def _evaluate(self, k: int, x) -> None:
+        """Metrics of x^k; what belongs to a round (clipped, replaced) is of the round that made x^k."""
+        start, gradients, exchange = perf_counter(), self.workers.seconds, self.comm.seconds
+        line = {"round": k, **self.workers.evaluate(x, self.server)}
+        if self._accuracy_of is not None:
+            correct, rows = self.comm.total(self.config.problem.accuracy(x, self._accuracy_of))
+            line["accuracy"] = correct / rows
+        if hasattr(self.s, "clipped_i") and k:
+            line["clipped"] = float(self.comm.total(host(self.s.clipped_i).sum())) / self.workers.honest
+        if self.config.aggregate.rules:
+            line["replaced"] = self.aggregate.replaced
+        line["bytes"] = self.comm.highest(self.comm.sent)
+        grad = self.workers.seconds - gradients
+        self.seconds["grad"] += grad
+        self.seconds["eval"] += perf_counter() - start - grad
+        self.comm.seconds = exchange                    # an evaluation's exchange is evaluation, not exchange
+        line["seconds"] = perf_counter() - self.began
+        line |= {f"seconds_{part}": seconds for part, seconds in self.seconds.items()}
+        self.lines.append(line)
+        if self.record:
+            self.record.append(line)
+
+    # ---- on disk
+
+    def _open_record(self, resumed: bool):
+        """run.h5, on rank 0."""
+        if self.out is None:
+            return None
+        header = {"config": json.dumps(self.config.as_dict()), "version": __version__, "workers": self.server.n,
+                  "ranks": self.comm.size, "dimension": self.server.d, "constants": self.method.model_dump(),
+                  "data": self.fingerprint, "device": self.device.name, "host": platform.node()}
+        opened = None
+        with self.comm.agree():
+            if self.comm.rank == 0:
+                opened = (record.Record.resume(self.out, self.start - 1, header) if resumed else
+                          record.Record.create(self.out, header, self._columns()))
+        return opened
+
+    def _checkpoint_due(self, k: int) -> int:
+        every = self.config.run.checkpoint_every
+        due = (k + 1) % every == 0 if every else perf_counter() - self.saved > PATIENCE
+        return CHECKPOINT if due and self.out else GO
+
+    def _save(self, k: int) -> None:
+        """A checkpoint of the state after k rounds."""
+        if self.out is None or k == self.saved_round:
+            return
+        if self.record:
+            self.record.sync()
+        header = {"config": self.config.as_dict(), "constants": self.method.model_dump(), "data": self.fingerprint,
+                  "version": __version__, "bytes": self.comm.highest(self.comm.sent),
+                  "seconds": {"all": perf_counter() - self.began, **self.seconds}}
+        checkpoint.save(self.out, self.comm, k, {name: self._piece(name) for name in vars(self.s)}, header,
+                        self.config.run.keep)
+        self.saved, self.saved_round = perf_counter(), k
+
+    def _piece(self, name: str) -> checkpoint.Piece:
+        """What this rank holds of s.name: the rows of its workers, or the columns that it serves."""
+        array = np.ascontiguousarray(host(getattr(self.s, name)))
+        if name.endswith("_i"):
+            width = int(np.prod(array.shape[1:]))
+            return checkpoint.Piece((self.server.n, *array.shape[1:]), array.dtype,
+                                    [(int(self.workers.ids[0]) * width, array)])
+        shape = (*array.shape[:-1], self.server.d)
+        mine = self.server.at != "replicated" or self.comm.rank == 0
+        return checkpoint.Piece(shape, array.dtype,
+                                [(row * self.server.d + self.server.own.start, part)
+                                 for row, part in enumerate(array.reshape(-1, array.shape[-1]))] if mine else [])
+
+    def _load(self) -> None:
+        """The state of the newest valid checkpoint."""
+        assert self.out is not None
+        saved = checkpoint.load(self.out, self.comm)
+        with self.comm.agree():
+            for warning in saved.warnings if self.comm.rank == 0 else []:
+                sys.stderr.write(f"mpiclip: {warning}\n")
+            if saved.header["data"] != self.fingerprint:
+                raise InputError(f"{self.config.data and self.config.data.file}: not the data that {self.out} was "
+                                 f"started with (fingerprint {self.fingerprint}, expected {saved.header['data']})")
+            for name in vars(self.s):
+                piece = self._piece(name)
+                if saved.shape(name) != piece.shape:
+                    raise InputError(f"{self.out}: state {name}: shape {saved.shape(name)}, expected {piece.shape}")
+                array = getattr(self.s, name)
+                if name.endswith("_i"):
+                    (offset, part), = piece.parts
+                    array[...] = self.device.put(saved.read(name, offset, part.size).reshape(part.shape))
+                else:
+                    d, own = self.server.d, self.server.own
+                    for row, part in enumerate(array.reshape(-1, array.shape[-1])):
+                        part[:] = self.device.put(saved.read(name, row * d + own.start, own.stop - own.start))
+        saved.close()
+        self.start = saved.round
+        self.method = self.config.method.model_copy(update=saved.header["constants"])
+        self.comm.sent = saved.header["bytes"]
+        self.began -= saved.header["seconds"].pop("all")
+        self.seconds |= saved.header["seconds"]
+
+    def _read(self, honest: int, ids: np.ndarray):
+        """This rank's training rows, its share of the test rows, and the data set's fingerprint."""
+        table, dtype = self.config.data, self.config.run.dtype
+        if table is None:
+            return None, None, ""
+        shard = data.read_train(table.file, table.split, honest, ids, self.config.run.seed, dtype, table.alpha,
+                                table.similarity)
+        return shard, data.read_test(table.file, self.comm.rank, self.comm.size, dtype), data.fingerprint(table.file)
+
+    # ---- beginning and end
+
+    def _what_runs(self) -> str:
+        """What is computed where: for the person who started it."""
+        config, comm = self.config, self.comm
+        constants = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                              for key, value in self.method.model_dump().items())
+        aggregate = " ∘ ".join(reversed(config.aggregate.rules)) or "mean"
+        return (f"{config.method.name} ({constants}) on {config.problem.name}, d = {self.server.d}\n"
+                f"{self.server.n} workers on {comm.size} rank{'s' * (comm.size > 1)}, {self.device.name}, "
+                f"{config.run.threads or comm.threads} thread{'s' * (comm.threads > 1)} each; {aggregate} of what the "
+                f"workers send, {self.server.at}\n"
+                f"{'from round ' + str(self.start) + ', ' if self.start else ''}writing {self.out}\n")
+
+    @property
+    def _accuracy_of(self):
+        """What accuracy is measured on: test rows, else training rows; None if the problem has no classes."""
+        if not hasattr(self.config.problem, "accuracy"):
+            return None
+        return self.test if self.test is not None else self.workers.data
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for an end after this round and a checkpoint; a second one is
+        obeyed at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[signal.Signals, Any] = {}
+
+        def stop(number, frame):
+            self.stop_asked = True
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+        for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            before[sig] = signal.signal(sig, stop)
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    def _finish(self, x, stopped: bool) -> Run:
+        if self.progress:
+            self.progress.close()
+        if self.record:
+            self.record.close()
+        names = self._columns()
+        metrics = {name: np.array([line.get(name, np.nan) for line in self.lines]) for name in names}
+        return Run(host(x).copy(), self.config, metrics, stopped)

@@ -1,0 +1,125 @@
+"""What a method sees of the workers: their gradients. A function of (seed, worker, round) alone."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from . import ops
+from .comm import Comm
+from .device import Device, host
+from .errors import InputError
+from .streams import stream
+
+# What the ranks agree on once a round: the highest of all wishes counts. FAILED: not finite in the round before.
+GO, CHECKPOINT, STOP, NOT_FINITE, FAILED = range(5)
+
+
+class Workers:
+    """This rank's w workers, of n. Names ending in `_i` are arrays with one row for each of them.
+
+    problem, data   f_i: problem.loss_grad(x, data, batch)
+    offsets         worker i's rows are offsets[i]:offsets[i+1] of this rank's rows (w+1,); None: f_i needs no rows
+    batch           rows that a worker draws for a gradient, independently and uniformly from its own; None: all of them
+    honest          how many of the n workers are honest (the first ones): only they have an f_i
+    tolerant        robust rules deal with gradients that are not finite; otherwise they stop the run
+    round           the number of the round, set by the loop
+    wish            what this rank wishes for at the next agreement: GO, CHECKPOINT or STOP
+    agreed          what all ranks agreed on in this round; NOT_FINITE: before any state had changed
+    seconds         time spent in gradients so far"""
+
+    def __init__(self, problem: Any, data: Any, offsets: np.ndarray | None, ids: np.ndarray, d: int, dtype: str,
+                 device: Device, comm: Comm, seed: int, batch: int | None, honest: int, tolerant: bool):
+        self.problem, self.data, self.offsets, self.ids = problem, data, offsets, ids
+        self.d, self.dtype, self.device, self.comm = d, np.dtype(dtype), device, comm
+        self.seed, self.batch, self.honest, self.tolerant = seed, batch, honest, tolerant
+        self.round, self.wish, self.agreed = 0, GO, GO
+        self.seconds = 0.0
+        self._g_i = self.zeros()
+        self._step = 0              # calls of grad in this round
+        self._failed = False        # a gradient of a later local step was not finite
+        self._known = None          # the x at which _g_i already holds the full gradients
+
+    # ---- for methods
+
+    def grad(self, x):
+        """∇f_i(x), (w, d), or its estimate from a minibatch. x: (d,), or (w, d) with a point for each worker. The array
+        is the caller's to overwrite until the next call. In the first call of a round all ranks agree whether to go on:
+        a gradient that is not finite raises InputError on all of them before any state has changed."""
+        if x is not self._known:
+            self._gradients(x, self._draw())
+        self._known = None
+        self._step += 1
+        bad = not self.tolerant and not np.isfinite(host(ops.norms(self._g_i))).all()
+        if self._step > 1:
+            self._failed |= bad
+        else:
+            self.agreed = self.comm.highest(max(self.wish, NOT_FINITE * bad, FAILED * self._failed))
+            if self.agreed >= NOT_FINITE:
+                self._raise_not_finite(x)
+        return self._g_i
+
+    def zeros(self, shape: tuple[int, ...] | None = None):
+        """Zeros for each worker: (w, d), or (w, *shape); numbers, shape = (), are float64."""
+        xp = self.device.xp
+        if shape is None:
+            return xp.zeros((len(self.ids), self.d), self.dtype)
+        return xp.zeros((len(self.ids), *shape), self.dtype if shape else np.float64)
+
+    def copies(self, x):
+        """A copy of x (d,) for each worker, (w, d)."""
+        return self.device.xp.tile(x, (len(self.ids), 1))
+
+    # ---- for the loop
+
+    def begin(self, round: int) -> None:
+        """Begin a round."""
+        self.round, self._step = round, 0
+
+    def evaluate(self, x, server) -> dict[str, float]:
+        """loss f(x) and grad_norm ‖∇f(x)‖ over all rows of all honest workers. The gradients are kept: a full-batch
+        round at the same x finds them ready."""
+        loss_i = self._gradients(x, None, loss=True)
+        mean = server.mean(self._g_i)
+        self._known = x if self.batch is None else None
+        norm = server.norm(mean) * server.n / self.honest
+        return {"loss": float(self.comm.total(host(loss_i).sum()) / self.honest), "grad_norm": norm}
+
+    def first_norms(self, x) -> np.ndarray:
+        """‖∇f_i(x)‖ of all honest workers, in order, on every rank: (honest,) float64."""
+        self._gradients(x, None)
+        return np.concatenate(self.comm.all(host(ops.norms(self._g_i))))[:self.honest]
+
+    # ---- inside
+
+    def _gradients(self, x, batch, loss: bool = False):
+        start = perf_counter()
+        loss_i, _ = self.problem.loss_grad(x, self.data, batch, out=self._g_i, loss=loss)
+        self.seconds += perf_counter() - start
+        return loss_i
+
+    def _draw(self):
+        """The rows of this call's minibatch: (rows (w·b,), offsets (w+1,), denominators (w,)); None for all rows."""
+        if self.batch is None or self.offsets is None:
+            return None
+        have = np.flatnonzero(np.diff(self.offsets))            # Byzantine workers have no rows
+        rows = [stream(self.seed, "batch", int(self.ids[i]), self.round, self._step)
+                .integers(self.offsets[i], self.offsets[i + 1], self.batch) for i in have]
+        sizes = np.zeros(len(self.ids), np.int64)
+        sizes[have] = self.batch
+        return (np.concatenate(rows) if rows else np.empty(0, np.int64),
+                np.concatenate([[0], np.cumsum(sizes)]), np.maximum(sizes, 1).astype(np.float64))
+
+    def _raise_not_finite(self, x) -> None:
+        norms = host(ops.norms(self._g_i))
+        loss_i, _ = self.problem.loss_grad(x, self.data, None, loss=True)
+        bad = [(int(self.ids[i]), float(host(loss_i)[i])) for i in np.flatnonzero(~np.isfinite(norms))]
+        found = [item for rank in self.comm.all(bad) for item in rank]
+        message = f"round {self.round}: a local step in the round before gave gradients that are not finite"
+        if found:
+            worker, loss = found[0]
+            message = (f"round {self.round}: the gradient of worker {worker} is not finite (its loss is {loss:g}); "
+                       "a smaller step size may help, or robust rules with f ≥ 1")
+        raise InputError(message, agreed=True)

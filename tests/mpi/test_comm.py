@@ -1,0 +1,125 @@
+"""The exchange: means, transposition and joining on any number of ranks, with uneven workers and columns."""
+
+import numpy as np
+import pytest
+
+import reference
+from mpiclip.aggregation import Aggregation, aggregate
+from mpiclip.attacks import sign_flip
+from mpiclip.comm import Server
+from mpiclip.device import Device
+from mpiclip.errors import InputError
+
+
+def hosted(ranks, X):
+    """This rank's rows of X."""
+    return X[np.array_split(np.arange(len(X)), ranks.size)[ranks.rank]].copy()
+
+
+def server(ranks, X, at="sharded", means_only=False):
+    here = len(hosted(ranks, X))
+    return Server(ranks, X.shape[1], len(X), here, Device("cpu"), X.dtype, at, means_only)
+
+
+def data(n, d, dtype):
+    return np.random.default_rng(n * 1000 + d).normal(size=(n, d)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n, d", [(4, 1), (4, 7), (5, 1001), (11, 50_003)])
+@pytest.mark.parametrize("at, means_only", [("sharded", True), ("sharded", False), ("rank0", True)])
+def test_mean_and_join(ranks, n, d, dtype, at, means_only):
+    X = data(n, d, dtype)
+    server_ = server(ranks, X, at, means_only)
+    mine = hosted(ranks, X)
+    part = server_.mean(mine)
+    assert part.shape == (server_.own.stop - server_.own.start,)
+    whole = server_.join(part)
+    np.testing.assert_allclose(whole, X.astype(np.float64).mean(0), rtol=0, atol=20 * np.finfo(dtype).eps)
+    assert len({w.tobytes() for w in ranks.all(np.asarray(whole))}) == 1, "the ranks hold different bytes"
+    np.testing.assert_array_equal(mine, hosted(ranks, X))
+
+
+@pytest.mark.parametrize("at", ["sharded", "rank0"])
+@pytest.mark.parametrize("n, d", [(4, 3), (5, 1001), (7, 20_011)])
+def test_rows_are_all_workers_columns(ranks, at, n, d):
+    X = data(n, d, "float32")
+    server_ = server(ranks, X, at)
+    rows = server_.rows(hosted(ranks, X))
+    np.testing.assert_array_equal(rows.columns(), X[:, server_.own])
+    owned = ranks.all((server_.own.start, server_.own.stop))
+    assert sorted(j for start, stop in owned for j in range(start, stop)) == list(range(d))
+    np.testing.assert_allclose(rows.norms(), np.linalg.norm(X.astype(np.float64), axis=1), rtol=1e-12)
+
+
+def test_norm_of_a_server_vector(ranks):
+    for d, means_only in ((1000, True), (1000, False), (100_000, True)):
+        X = data(4, d, "float64")
+        server_ = server(ranks, X, means_only=means_only)
+        assert server_.norm(server_.mean(hosted(ranks, X))) == pytest.approx(np.linalg.norm(X.mean(0)), rel=1e-12)
+
+
+def test_all_reduce_and_exchange_agree(ranks):
+    X = data(6, 999, "float64")
+    small, exchanged = server(ranks, X, means_only=True), server(ranks, X, means_only=False)
+    assert (small.at, exchanged.at) == ("replicated", "sharded")
+    np.testing.assert_allclose(small.mean(hosted(ranks, X)), exchanged.join(exchanged.mean(hosted(ranks, X))),
+                               rtol=1e-13, atol=1e-15)
+
+
+def test_bytes_sent(ranks):
+    """An exchange moves what an all-reduce must: about 2 (R−1)/R of the vector a rank."""
+    d = 100_000
+    X = data(4, d, "float32")
+    server_ = server(ranks, X)
+    before = ranks.sent
+    server_.join(server_.mean(hosted(ranks, X)))
+    assert ranks.sent - before == pytest.approx(2 * (ranks.size - 1) / ranks.size * d * 4, rel=1e-3, abs=1)
+
+
+@pytest.mark.parametrize("at", ["sharded", "rank0"])
+@pytest.mark.parametrize("rules", [["arc", "trimmed_mean"], ["arc", "nnm", "median"], ["nnm"], ["arc", "mean"]])
+def test_robust_aggregation(ranks, at, rules):
+    f, X = 2, data(9, 503, "float64") * np.arange(1, 10)[:, None]
+    aggregation = Aggregation(server(ranks, X, at), rules, f, sign_flip, np.arange(9) >= 7)
+    expected = reference.sign_flip(X, f)
+    for name in rules:
+        expected = getattr(reference, name)(expected, f)
+    if expected.ndim == 2:
+        expected = expected.mean(0)
+    part = aggregation(hosted(ranks, X))
+    np.testing.assert_allclose(aggregation.server.join(part), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_non_finite_rows_count_as_byzantine(ranks):
+    X = data(7, 40, "float64")
+    clean = X.copy()
+    X[2, 5], X[6, :] = np.nan, np.inf
+    clean[[2, 6]] = 0
+    aggregation = Aggregation(server(ranks, X), ["arc", "trimmed_mean"], 2)
+    result = aggregation.server.join(aggregation(hosted(ranks, X)))
+    np.testing.assert_allclose(result, reference.trimmed_mean(reference.arc(clean, 2), 2), rtol=1e-10, atol=1e-12)
+    assert aggregation.replaced == 2
+    with pytest.raises(InputError, match="workers 2, 6 are not finite"):
+        Aggregation(server(ranks, X), ["arc", "trimmed_mean"], 1)(hosted(ranks, X))
+
+
+def test_aggregate_with_comm(ranks):
+    X = data(8, 300, "float32")
+    result = aggregate(hosted(ranks, X), ["arc", "trimmed_mean"], 2, comm=ranks.mpi)
+    np.testing.assert_allclose(result, aggregate(X, ["arc", "trimmed_mean"], 2), rtol=1e-5, atol=1e-6)
+
+
+def test_agree_raises_everywhere(ranks):
+    with pytest.raises(InputError, match="only the last") as caught, ranks.agree():
+        if ranks.rank == ranks.size - 1:
+            raise InputError("only the last")
+    assert caught.value.agreed
+    assert ("rank" in str(caught.value)) == (ranks.size > 1)
+
+
+def test_small_agreements(ranks):
+    assert ranks.highest(ranks.rank) == ranks.size - 1
+    np.testing.assert_array_equal(ranks.total([ranks.rank, 1.0]), [ranks.size * (ranks.size - 1) / 2, ranks.size])
+    assert ranks.same(ranks.rank) == 0
+    assert ranks.gather(ranks.rank) == (list(range(ranks.size)) if ranks.rank == 0 else None)

@@ -1,0 +1,534 @@
+"""mpiclip.problems against loops over workers and rows in float64, central differences and closed forms; the C kernel and
+the NumPy definition alike."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from threadpoolctl import threadpool_limits
+
+from mpiclip import device, problems
+from mpiclip.data import Csr, Shard
+from mpiclip.errors import InputError
+from mpiclip.problems._linear_model import linear_model
+from mpiclip.problems.quadratic import optimum
+
+COUNTS = (5, 0, 7, 7, 1, 0)             # rows of each worker
+REGULARIZERS = ["none", "l2", "nonconvex"]
+LABELS = {"linear": None, "logistic": 2, "softmax": 3}
+way = pytest.mark.parametrize("way", [
+    pytest.param(linear_model, id="compiled", marks=pytest.mark.skipif(not device.compiled(), reason="no C kernels")),
+    pytest.param(linear_model.definition, id="definition")])
+model = pytest.mark.parametrize("name", LABELS)
+dense_and_sparse = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def csr(a):
+    rows, columns = np.nonzero(a)
+    indptr = np.searchsorted(rows, np.arange(len(a) + 1)).astype(np.int64)
+    return Csr(indptr, columns.astype(np.int32), a[rows, columns], a.shape)
+
+
+def features(m, p, seed=0, ones=False):
+    """Half of it zeros, the second row empty."""
+    a = rng(seed).standard_normal((m, p)) * (rng(seed + 1).random((m, p)) < 0.5)
+    a[1:2] = 0
+    return (a != 0).astype(float) if ones else a
+
+
+def shard(a, y, counts=COUNTS, sparse=False, classes="labels"):
+    counts = np.array(counts)
+    if isinstance(classes, str):
+        classes = np.unique(y) if (y == np.round(y)).all() else None
+    return Shard(x=csr(a) if sparse else a, y=y, offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+                 ids=np.arange(len(counts)), n=len(counts), total=len(y), classes=classes, features=a.shape[1])
+
+
+def labels(name, m, seed=3):
+    return rng(seed).integers(0, LABELS[name], m).astype(float) if LABELS[name] else rng(seed).standard_normal(m)
+
+
+def prepared(problem, s, dtype="float64"):
+    return problem.prepare(s, s.ids, s.n, 0, dtype)
+
+
+def example(name, sparse=False, dtype="float64", p=9, counts=COUNTS, ones=False, **keys):
+    """(problem, data, features with the intercept's column, labels)"""
+    problem, m = problems.load(name)(**keys), sum(counts)
+    a, y = features(m, p, ones=ones), labels(name, m)
+    data = prepared(problem, shard(a, y, counts, sparse), dtype)
+    return problem, data, np.hstack([a, np.ones((m, 1))]) if problem.intercept else a, y
+
+
+def points(problem, data, per_worker, dtype="float64", seed=7):
+    d = len(problem.x0(data, 0, dtype))
+    return rng(seed).standard_normal((len(COUNTS), d) if per_worker else d).astype(dtype)
+
+
+# the reference: one row at a time, with math's own functions
+
+def row_loss(name, z, b):
+    if name == "linear":
+        return (z[0] - b) ** 2 / 2
+    if name == "logistic":
+        t = z[0] * (1 if b == 1 else -1)
+        return math.log1p(math.exp(-t)) if t > -30 else -t + math.log1p(math.exp(t))
+    return math.log(math.fsum(math.exp(e - max(z)) for e in z)) + max(z) - z[int(b)]
+
+
+def row_slope(name, z, b):
+    if name == "linear":
+        return [z[0] - b]
+    if name == "logistic":
+        sign = 1 if b == 1 else -1
+        return [-sign / (1 + math.exp(sign * z[0]))]
+    total = math.fsum(math.exp(e - max(z)) for e in z)
+    return [math.exp(e - max(z)) / total - (c == int(b)) for c, e in enumerate(z)]
+
+
+def reference(problem, a, y, x, counts=COUNTS, batch=None):
+    """(losses (w,), gradients (w, d))"""
+    name, C, p = problem.name, LABELS[problem.name] or 1, a.shape[1] - problem.intercept
+    C = 1 if name == "logistic" else C
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    losses, gradients = [], []
+    for i, count in enumerate(counts):
+        x_i = (x if x.ndim == 1 else x[i]).astype(float).reshape(C, -1)
+        if batch is None:
+            rows, denominator = range(offsets[i], offsets[i + 1]), count
+        else:
+            rows, denominator = batch[0][batch[1][i]:batch[1][i + 1]], batch[2][i]
+        loss, gradient = 0.0, np.zeros_like(x_i)
+        for r in rows:
+            z = [math.fsum(x_i[c] * a[r]) for c in range(C)]
+            loss += row_loss(name, z, y[r]) / denominator
+            gradient += np.outer(row_slope(name, z, y[r]), a[r]) / denominator
+        if count and problem.regularizer == "l2":
+            loss += problem.lam * math.fsum(v * v / 2 for v in x_i[:, :p].flat)
+            gradient[:, :p] += problem.lam * x_i[:, :p]
+        if count and problem.regularizer == "nonconvex":
+            loss += problem.lam * math.fsum(v * v / (1 + v * v) for v in x_i[:, :p].flat)
+            gradient[:, :p] += problem.lam * 2 * x_i[:, :p] / (1 + x_i[:, :p] ** 2) ** 2
+        losses.append(loss)
+        gradients.append(gradient.ravel())
+    return np.array(losses), np.array(gradients)
+
+
+def close(found, expected, dtype="float64"):
+    tolerance = 1e-12 if dtype == "float64" else 3e-5
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@way
+@model
+@dense_and_sparse
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("per_worker", [False, True], ids=["shared", "per worker"])
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+@pytest.mark.parametrize("batched", [False, True], ids=["full", "batch"])
+def test_loss_and_gradient(way, name, sparse, dtype, per_worker, regularizer, batched):
+    problem, data, a, y = example(name, sparse, dtype, regularizer=regularizer, lam=0.3,
+                                  intercept=regularizer == "nonconvex")
+    x = points(problem, data, per_worker, dtype)
+    batch = None
+    if batched:                 # repetitions; worker 2's batch is empty; the denominators are not the batches' sizes
+        rows = np.array([4, 4, 0, 12, 12, 18, 13, 19])
+        batch = rows, np.array([0, 3, 3, 3, 7, 8, 8]), np.array([3.0, 1.0, 2.0, 8.0, 1.0, 1.0])
+    losses, gradients = reference(problem, a, y, x, batch=batch)
+    before = x.copy()
+    out = np.full_like(gradients, np.nan, dtype)
+    loss, grad = way(x, data, problem, batch, out)
+    assert grad is out and grad.dtype == dtype and loss.dtype == np.float64
+    close(grad, gradients, dtype)
+    close(loss, losses, dtype)
+    assert np.array_equal(x, before)
+    assert not grad[1].any() and not grad[5].any() and loss[1] == loss[5] == 0
+    nothing, again = way(x, data, problem, batch, None, False)
+    assert nothing is None and np.array_equal(again, grad)
+
+
+@way
+@dense_and_sparse
+@pytest.mark.parametrize("name", ["linear", "logistic"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_many_rows(way, name, sparse, dtype):
+    """Parts of a worker, blocks of a part, what is left over of both; SciPy's products of whole blocks as reference."""
+    from scipy.special import expit
+    counts, p = (3001, 1, 0, 799, 256, 257), 41
+    for ones in (False, True):
+        problem, data, a, y = example(name, sparse, dtype, p, counts, ones=ones)
+        assert data.ones == (sparse and ones)
+        x = rng(5).standard_normal((6, p)).astype(dtype)
+        loss, grad = way(x, data, problem)
+        for i, (j, k) in enumerate(zip(data.offsets[:-1], data.offsets[1:], strict=True)):
+            z, b = a[j:k] @ x[i].astype(float), y[j:k] if name == "linear" else 2 * y[j:k] - 1
+            slope = z - b if name == "linear" else -b * expit(-b * z)
+            value = (z - b) ** 2 / 2 if name == "linear" else np.logaddexp(0, -b * z)
+            close(grad[i], a[j:k].T @ slope / max(k - j, 1), dtype)
+            np.testing.assert_allclose(loss[i], value.sum() / max(k - j, 1), rtol=1e-12 if dtype == "float64" else 1e-5)
+
+
+@pytest.mark.skipif(not device.compiled(), reason="no C kernels")
+def test_the_kernel_answers_itself():
+    """Compiled must not mean: declined, and the definition answered."""
+    from mpiclip.kernels import cpu
+    for name in ("linear", "logistic"):
+        for sparse in (False, True):
+            for dtype in ("float32", "float64"):
+                problem, data, *_ = example(name, sparse, dtype)
+                assert cpu.linear_model(points(problem, data, False, dtype), data, problem) is not NotImplemented
+    problem, data, *_ = example("logistic")
+    x = points(problem, data, False)
+    offsets = np.array([0, 1, 1, 1, 1, 1, 1])
+    declined = [
+        (x.astype(np.float32), data, problem), (x[:-1], data, problem), (np.stack([x, x]), data, problem),
+        (x, data, problem, None, np.empty((6, 8))), (x, data, problem, None, np.empty((6, 9), order="F")),
+        (x, data, problem, (np.array([20]), offsets, np.ones(6))), (x, data, problem, (np.array([-1]), offsets, np.ones(6))),
+        (x, data, problem, (np.array([0]), offsets + 1, np.ones(6))), (x, data, problem, (np.array([0]), offsets, np.ones(5))),
+        (x, data, problem, (np.array([0]), offsets[::-1].copy(), np.ones(6))),
+    ]
+    for arguments in declined:
+        assert cpu.linear_model(*arguments) is NotImplemented
+
+
+@pytest.mark.skipif(not device.compiled(), reason="no C kernels")
+@dense_and_sparse
+def test_threads_do_not_change_a_byte(sparse):
+    problem, data, *_ = example("logistic", sparse, p=300, counts=(9000, 100, 0, 2500), regularizer="nonconvex", lam=0.1)
+    x = rng().standard_normal(300)
+    results = []
+    for threads in (1, 2, 3, 5):
+        with threadpool_limits(threads):
+            results += [problem.loss_grad(x, data) for _ in range(2)]
+    assert len({(loss.tobytes(), grad.tobytes()) for loss, grad in results}) == 1
+
+
+@way
+@model
+@dense_and_sparse
+def test_gradient_against_central_differences(way, name, sparse):
+    problem, data, *_ = example(name, sparse, regularizer="nonconvex", lam=0.7, intercept=True)
+    x, h = points(problem, data, False), 1e-5
+    _, grad = way(x, data, problem)
+    for j in range(len(x)):
+        e = np.zeros(len(x))
+        e[j] = h
+        difference = (way(x + e, data, problem)[0] - way(x - e, data, problem)[0]) / (2 * h)
+        np.testing.assert_allclose(grad[:, j], difference, atol=1e-8)
+
+
+@way
+@model
+@dense_and_sparse
+def test_one_point_for_all_is_the_same_as_a_copy_for_each(way, name, sparse):
+    problem, data, *_ = example(name, sparse, regularizer="l2", lam=0.1)
+    x = points(problem, data, False)
+    for a, b in zip(way(x, data, problem), way(np.tile(x, (6, 1)), data, problem), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-14, atol=1e-16)
+
+
+@way
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_logistic_to_the_last_bits(way, dtype):
+    """One row a worker with a = 1: x_i is the margin; gradient and loss against NumPy's long double."""
+    margins = np.concatenate([rng().uniform(-40, 40, 4000), rng().standard_normal(4000), [0.0, 1e-30, -1e-9, 86.9, 700, -700],
+                              [1e4, -1e4]]).astype(dtype)
+    w = len(margins)
+    problem = problems.Logistic()
+    data = prepared(problem, shard(np.ones((w, 1)), np.ones(w), [1] * w, classes=np.array([0, 1])), dtype)
+    loss, grad = way(margins[:, None], data, problem)
+    t = margins.astype(np.longdouble)
+    with np.errstate(under="ignore"):
+        expected, values = -np.exp(-np.logaddexp(0, t)), np.logaddexp(0, -t)
+    eps, tiny = float(np.finfo(dtype).eps), float(np.finfo(dtype).tiny)
+    np.testing.assert_allclose(grad[:, 0], expected.astype(float), rtol=3 * eps, atol=4 * tiny)
+    np.testing.assert_allclose(loss, values.astype(float), rtol=3 * eps, atol=4 * tiny)
+
+
+@way
+@model
+@dense_and_sparse
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_huge_margins(way, name, sparse, dtype):
+    a, y = np.array([[1e4, 0], [1e4, 1.0], [-1e4, 2.0], [-1e4, 0]]), np.array([0.0, 1, 0, 1])
+    problem = problems.load(name)()
+    data = prepared(problem, shard(a, y, (4,), sparse), dtype)
+    x = np.array([1.0, 0.5] if name != "softmax" else [0, 0, 1.0, 0.5], dtype)
+    loss, grad = way(x, data, problem)
+    assert np.isfinite(loss).all() and np.isfinite(grad).all()
+    if name == "linear":
+        return
+    # wrong: rows 0 (label low, score high) and 3; their slopes are +1 and −1 for the higher class
+    slope = (a[0] - a[3]) / 4
+    np.testing.assert_allclose(grad[0], slope if name == "logistic" else [*-slope, *slope], rtol=1e-6)
+    np.testing.assert_allclose(loss, 2e4 / 4, rtol=1e-6)
+
+
+@way
+@model
+@dense_and_sparse
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows_and_stays_with_its_worker(way, name, sparse, value):
+    problem, data, *_ = example(name, sparse)
+    x = points(problem, data, True)
+    clean_loss, clean = way(x, data, problem)
+    x[2, 0] = value
+    with np.errstate(invalid="ignore"):
+        loss, grad = way(x, data, problem)
+    assert not np.isfinite(loss[2])
+    if math.isnan(value):
+        assert np.isnan(grad[2]).any()
+    others = [0, 1, 3, 4, 5]
+    np.testing.assert_allclose(grad[others], clean[others], rtol=1e-14)
+    np.testing.assert_allclose(loss[others], clean_loss[others], rtol=1e-14)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 70), st.sampled_from(["linear", "logistic"]),
+       st.booleans(), st.booleans(), st.data())
+def test_any_shape(counts, p, name, sparse, per_worker, draw):
+    m, w = sum(counts), len(counts)
+    if m == 0:
+        return
+    problem = problems.load(name)(regularizer=draw.draw(st.sampled_from(REGULARIZERS)), lam=0.2)
+    a, y = features(m, p), labels(name, m)
+    data = prepared(problem, shard(a, y, counts, sparse, classes=np.array([0.0, 1.0])))
+    x = rng().standard_normal((w, p) if per_worker else p)
+    batch = None
+    if draw.draw(st.booleans()):
+        sizes = [draw.draw(st.integers(0, 5)) if count else 0 for count in counts]
+        rows = [draw.draw(st.integers(data.offsets[i], data.offsets[i + 1] - 1)) for i in range(w) for _ in range(sizes[i])]
+        batch = np.array(rows, np.int64), np.concatenate([[0], np.cumsum(sizes)]), np.maximum(sizes, 1) * 1.5
+    losses, gradients = reference(problem, a, y, x, counts, batch)
+    for function in (linear_model, linear_model.definition):
+        loss, grad = function(x, data, problem, batch)
+        close(grad, gradients)
+        close(loss, losses)
+
+
+# second derivatives
+
+def hessian(problem, data, x, i, h=1e-4):
+    columns = []
+    for e in np.eye(len(x)):
+        columns.append((problem.loss_grad(x + h * e, data)[1][i] - problem.loss_grad(x - h * e, data)[1][i]) / (2 * h))
+    return np.array(columns)
+
+
+def bounds(problem, data, d, w):
+    """H_i, (w, d, d), from products with unit vectors."""
+    return np.stack([problem.smoothness_product(np.tile(e, (w, 1)), data) for e in np.eye(d)], axis=2)
+
+
+@pytest.mark.parametrize("name", [*LABELS, "quadratic"])
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+def test_smoothness_bounds_the_hessian(name, regularizer):
+    keys = {"regularizer": regularizer, "lam": 0.4}
+    if name == "quadratic":
+        problem = problems.Quadratic(dimension=4, **keys)
+        data = problem.prepare(None, np.arange(3), 3, 5, "float64")
+        w, owners = 3, [0, 1, 2]
+    else:
+        problem, data, *_ = example(name, sparse=True, p=4, **keys)
+        w, owners = 6, [0, 2, 3, 4]
+    d = len(problem.x0(data, 0, "float64"))
+    H = bounds(problem, data, d, w)
+    exact = name in ("linear", "quadratic") and regularizer != "nonconvex"
+    for i in range(w):
+        if i not in owners:
+            assert not H[i].any()
+            continue
+        for seed in range(3):
+            true = hessian(problem, data, rng(seed).standard_normal(d) * seed, i)
+            if exact:
+                np.testing.assert_allclose(H[i], true, atol=1e-6)
+            else:
+                assert np.linalg.eigvalsh(H[i] - true).min() > -1e-6
+    at_zero = hessian(problem, data, np.zeros(d), 0)
+    if name in ("logistic", "softmax"):         # and it is no more than what is needed: near it at x = 0
+        assert np.linalg.eigvalsh(H[0])[-1] < 2 * np.linalg.eigvalsh(at_zero)[-1]
+
+
+# quadratic
+
+TOY = {"curvature": [[1], [2]], "centre": [[-3], [3]]}
+
+
+def test_the_toy_of_the_papers():
+    """f_1 = ½ (x + 3)², f_2 = (x − 3)²: gradients 3 and −6 at 0, the mean is minimised at 1."""
+    problem = problems.Quadratic(**TOY, start=0.5)
+    data = problem.prepare(None, np.arange(2), 2, 0, "float64")
+    assert problem.x0(data, 0, "float64").tolist() == [0.5]
+    loss, grad = problem.loss_grad(np.zeros(1), data)
+    assert loss.tolist() == [4.5, 9.0] and grad.tolist() == [[3.0], [-6.0]]
+    assert optimum(np.array([[1.0], [2.0]]), np.array([[-3.0], [3.0]])).tolist() == [1.0]
+    out = np.empty((2, 1))
+    loss, grad = problem.loss_grad(np.array([[0.0], [3.0]]), data, out=out, loss=False)
+    assert loss is None and grad is out and grad.tolist() == [[3.0], [0.0]]
+    alone = problem.prepare(None, np.array([1]), 2, 0, "float64")
+    assert problem.loss_grad(np.zeros(1), alone)[1].tolist() == [[-6.0]]
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+def test_quadratic_loss_and_gradient(regularizer):
+    problem = problems.Quadratic(dimension=5, condition=30, spread=2, regularizer=regularizer, lam=0.3)
+    data = problem.prepare(None, np.arange(4), 4, 1, "float64")
+    x = rng().standard_normal((4, 5))
+    loss, grad = problem.loss_grad(x, data)
+    for i in range(4):
+        f, g = 0.0, []
+        for a, c, v in zip(data.a_i[i], data.c_i[i], x[i], strict=True):
+            r, slope = {"none": (0, 0), "l2": (v * v / 2, v), "nonconvex": (1 - 1 / (1 + v * v), 2 * v / (1 + v * v) ** 2)}[
+                regularizer]
+            f += a * (v - c) ** 2 / 2 + 0.3 * r
+            g.append(a * (v - c) + 0.3 * slope)
+        close(loss[i], f)
+        close(grad[i], g)
+
+
+def test_a_drawn_quadratic_is_a_function_of_seed_and_worker():
+    problem = problems.Quadratic(dimension=6, condition=100, spread=3)
+    whole = problem.prepare(None, np.arange(5), 5, 9, "float64")
+    part = problem.prepare(None, np.array([3, 4]), 5, 9, "float64")
+    assert np.array_equal(whole.a_i[3:], part.a_i) and np.array_equal(whole.c_i[3:], part.c_i)
+    np.testing.assert_allclose(np.sort(whole.a_i), np.tile(np.geomspace(0.01, 1, 6), (5, 1)))
+    assert len(np.unique(whole.c_i)) == 30
+    assert not np.array_equal(problem.prepare(None, np.arange(5), 5, 10, "float64").c_i, whole.c_i)
+    x = optimum(whole.a_i, whole.c_i)
+    np.testing.assert_allclose(problem.loss_grad(x, whole)[1].mean(0), 0, atol=1e-14)
+
+
+@dense_and_sparse
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_quadratic_with_data_is_the_distributed_mean(sparse, dtype):
+    a = features(20, 4)
+    s = shard(a.astype(dtype), np.zeros(20), sparse=sparse)
+    problem = problems.Quadratic(regularizer="l2", lam=0.5)
+    data = prepared(problem, s, dtype)
+    x = np.ones(4, dtype)
+    loss, grad = problem.loss_grad(x, data)
+    assert grad.dtype == dtype
+    for i in range(6):
+        rows = a[s.offsets[i]:s.offsets[i + 1]]
+        difference = 1 - rows.mean(0) if len(rows) else np.zeros(4)
+        close(grad[i], difference + 0.5 * (len(rows) > 0), dtype)
+        close(loss[i], (difference ** 2).sum() / 2 + 1.0 * (len(rows) > 0), dtype)
+
+
+# labels, accuracy, start, what is said of bad input
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 1), (1, 2)])
+def test_logistic_takes_every_convention_of_labels(low, high):
+    a, sign = features(20, 3), np.where(rng().random(20) < 0.5, -1, 1)
+    x, problem = np.array([0.3, -1.0, 2.0]), problems.Logistic()
+    data = prepared(problem, shard(a, np.where(sign > 0, high, low).astype(float)))
+    loss, _ = problem.loss_grad(x, data)
+    assert loss[0] == pytest.approx(np.log1p(np.exp(-sign[:5] * (a[:5] @ x))).mean())
+
+
+def test_a_part_of_the_rows_may_have_labels_of_one_class_only():
+    problem, y = problems.Logistic(), np.ones(20)
+    x = np.array([0.3, -1.0, 2.0])
+    for classes, sign in (([0, 1], 1), ([1, 2], -1)):
+        data = prepared(problem, shard(features(20, 3), y, classes=np.array(classes)))
+        loss, _ = problem.loss_grad(x, data)
+        assert loss[0] == pytest.approx(np.log1p(np.exp(-sign * (features(20, 3)[:5] @ x))).mean())
+
+
+def test_softmax_takes_labels_with_gaps():
+    a, kinds = features(20, 3), rng().integers(0, 3, 20)
+    x, problem = rng(1).standard_normal(9), problems.Softmax()
+    expected = prepared(problem, shard(a, kinds.astype(float)))
+    found = prepared(problem, shard(a, np.array([-4.0, 3, 10])[kinds]))
+    np.testing.assert_array_equal(problem.loss_grad(x, found)[1], problem.loss_grad(x, expected)[1])
+
+
+@dense_and_sparse
+def test_accuracy(sparse):
+    a = np.array([[1.0, 0], [2, 1], [0, 3], [-1, 0], [0, 0]])
+    y = np.array([1.0, 0, 1, 0, 0])
+    problem = problems.Logistic()
+    data = prepared(problem, shard(a, y, (5,), sparse))
+    assert problem.accuracy(np.array([1.0, 0.5]), data) == (4, 5)           # row 1 is wrong; row 4 is a tie: lower
+    softmax = problems.Softmax()
+    data = prepared(softmax, shard(a, np.array([5.0, 5, 7, 9, 5]), (5,), sparse))
+    assert softmax.accuracy(np.array([1.0, 0, 0, 1, -1, 0]), data) == (5, 5)
+    assert softmax.accuracy(np.array([0, 0, 0, 0, 0, 0.0]), data) == (3, 5)
+    assert not hasattr(problems.Linear(), "accuracy") and not hasattr(problems.Quadratic(), "accuracy")
+
+
+@model
+@dense_and_sparse
+def test_intercept_is_one_more_coordinate_that_is_not_regularised(name, sparse):
+    plain, data, a, y = example(name, sparse, p=3, regularizer="l2", lam=5.0)
+    more, with_ones, *_ = example(name, sparse, p=3, regularizer="l2", lam=5.0, intercept=True)
+    x = points(plain, data, False).reshape(-1, 3)
+    wider = np.hstack([x, np.zeros((len(x), 1))])
+    loss, grad = plain.loss_grad(x.ravel(), data)
+    loss_1, grad_1 = more.loss_grad(wider.ravel(), with_ones)
+    close(loss_1, loss)
+    close(grad_1.reshape(6, -1, 4)[:, :, :3], grad.reshape(6, -1, 3))
+
+
+def test_start():
+    problem, data, *_ = example("softmax", p=3, start=0.5, intercept=True)
+    x = problem.x0(data, 0, "float32")
+    assert x.dtype == np.float32 and x.tolist() == [0.5] * 12
+
+
+def test_names_and_load():
+    assert problems.names() == ["linear", "logistic", "quadratic", "softmax"]
+    assert problems.load("logistic") is problems.Logistic and problems.Logistic.name == "logistic"
+    with pytest.raises(InputError, match=r"^problem.name: there is no 'logistik'; did you mean 'logistic'\?$"):
+        problems.load("logistik")
+    with pytest.raises(InputError):
+        problems.load("_linear_model")
+    with pytest.raises(AttributeError):
+        _ = problems.Logistik
+
+
+@pytest.mark.parametrize("name, keys", [
+    ("logistic", {"lam": -1}), ("logistic", {"lam": math.nan}), ("logistic", {"regularizer": "l1"}), ("logistic", {"lambda": 1}),
+    ("logistic", {"start": math.inf}), ("quadratic", {"dimension": 0}), ("quadratic", {"dimension": 2, "condition": 0.5}),
+    ("quadratic", {"dimension": 2, "spread": -1}), ("quadratic", {"curvature": [[1]]}), ("quadratic", {"centre": [[1]]}),
+    ("quadratic", {"curvature": [[1], [1, 2]], "centre": [[1], [1, 2]]}), ("quadratic", {"curvature": [[]], "centre": [[]]}),
+    ("quadratic", {"curvature": [[1]], "centre": [[1], [2]]}), ("quadratic", {"curvature": [[-1]], "centre": [[1]]}),
+    ("quadratic", {"curvature": [[1]], "centre": [[1]], "dimension": 1})])
+def test_bad_keys(name, keys):
+    with pytest.raises(ValidationError):
+        problems.load(name)(**keys)
+
+
+@pytest.mark.parametrize("name, y, words", [
+    ("logistic", [0.0, 1, 2], ["labels are 0, 1, 2", "two different"]), ("logistic", [0.5, 1, 1], ["not classes", "two"]),
+    ("logistic", [1.0, 1, 1], ["labels are 1;", "two"]), ("softmax", [0.5, 1, 1], ["not classes", "integers"])])
+def test_labels_that_do_not_fit(name, y, words):
+    with pytest.raises(InputError) as error:
+        prepared(problems.load(name)(), shard(np.ones((3, 2)), np.array(y), (3,)))
+    assert all(word in str(error.value) for word in ["data.file", name, *words]) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["linear", "logistic", "softmax"])
+def test_no_data(name):
+    with pytest.raises(InputError, match=f"'{name}' learns from data.*expected data.file"):
+        problems.load(name)().prepare(None, np.arange(2), 2, 0, "float64")
+
+
+def test_bad_sources_of_a_quadratic():
+    with pytest.raises(InputError, match="found nothing; expected one of problem.curvature, problem.dimension, data.file"):
+        problems.Quadratic().prepare(None, np.arange(2), 2, 0, "float64")
+    with pytest.raises(InputError, match="found problem.dimension and data.file"):
+        problems.Quadratic(dimension=2).prepare(shard(np.ones((3, 2)), np.ones(3), (3,)), np.arange(1), 1, 0, "float64")
+    with pytest.raises(InputError, match="problem.curvature: 2 rows; expected one for each of the 3 workers"):
+        problems.Quadratic(**TOY).prepare(None, np.arange(3), 3, 0, "float64")
+    problem = problems.Quadratic(**TOY)
+    with pytest.raises(InputError, match="run.batch"):
+        problem.loss_grad(np.zeros(1), problem.prepare(None, np.arange(2), 2, 0, "float64"),
+                          (np.zeros(0, np.int64), np.zeros(3, np.int64), np.ones(2)))
