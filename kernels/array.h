@@ -29,7 +29,7 @@ typedef struct {
 extern const void *ndarray, *none;          /* numpy.ndarray and None, set by kernels/cpu.py */
 
 enum { FLOAT32 = 11, FLOAT64 = 12 };                                 /* NPY_FLOAT, NPY_DOUBLE */
-enum { READABLE = 0x101, WRITABLE = 0x501 };                         /* C-contiguous, aligned (and writeable) */
+enum { ALIGNED = 0x100, READABLE = 0x101, WRITABLE = 0x501 };        /* the latter two C-contiguous, too */
 
 /* name_f32(…) or name_f64(…), as the array is. */
 #define BY_DTYPE(a, name, ...) ((a)->dtype->number == FLOAT32 ? name##_f32(__VA_ARGS__) : name##_f64(__VA_ARGS__))
@@ -55,6 +55,14 @@ static inline int fits(const array *a, int flags, int number, const array *like,
         if (a->shape[k] != like->shape[k])
             return 0;
     return 1;
+}
+
+/* Whether it is (w, d) floats whose rows are dense, but may lie apart: columns of a larger array. */
+static inline int is_rows(const array *a)
+{
+    return a->type == ndarray && a->dtype->byteorder == '=' && a->ndim == 2 && (a->flags & ALIGNED)
+        && (a->dtype->number == FLOAT32 || a->dtype->number == FLOAT64) && a->strides[0] >= 0
+        && (a->shape[1] <= 1 || a->strides[1] == (a->dtype->number == FLOAT32 ? 4 : 8));
 }
 
 static inline ptrdiff_t elements(const array *a)

@@ -102,6 +102,6 @@ def linear_model(x, data, problem, batch=None, out=None, loss=True):
     rows, offsets, denominators = batch or (None, data.offsets, data.denominators)
     grad = np.empty((len(data.offsets) - 1, x.shape[-1]), x.dtype) if out is None else out
     losses = np.empty(len(grad)) if loss else None
-    failed = _linear_model(values, indices, indptr, data.y, rows, offsets, denominators, data.offsets, x, grad, losses, link,
-                           _REGULARIZERS[problem.regularizer], problem.lam, data.features)
+    failed = _linear_model(values, indices, indptr, data.y, rows, offsets, denominators, data.offsets, x, grad, losses,
+                           link, _REGULARIZERS[problem.regularizer], problem.lam, data.features)
     return NotImplemented if failed else (losses, grad)

@@ -27,6 +27,13 @@
 
 #define INLINE static inline __attribute__((always_inline))     /* into its caller's CPU_GENERATIONS */
 
+#if __GNUC__ >= 12 && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+/* With fused multiply-add; without 512-bit vectors, for which many CPUs slow down their clock: most of the time goes into
+   loops over sparse rows, which are not vectorised. */
+#undef CPU_GENERATIONS
+#define CPU_GENERATIONS __attribute__((noinline, target_clones("default", "arch=x86-64-v3")))
+#endif
+
 enum { LINEAR, LOGISTIC };              /* as in kernels/cpu.py */
 enum { NONE, L2, NONCONVEX };
 enum {
@@ -147,13 +154,13 @@ int linear_model(const array *values, const array *indices, const array *indptr,
         values == none ? NULL : values->data, sparse ? indices->data : NULL, sparse ? indptr->data : NULL, labels->data,
         rows == none ? NULL : rows->data, d, link,
     };
-    const size length = sparse && m ? a.indptr[m] / m + 1 : d, x_step = x->ndim == 2 ? d : 0;
-    double *losses = loss == none ? NULL : loss->data;
-    return number == FLOAT32
-        ? linear_model_f32(&a, length, offsets->data, denominators->data, owned->data, w, x->data, x_step, grad->data, losses,
-                           regularizer, lam, features)
-        : linear_model_f64(&a, length, offsets->data, denominators->data, owned->data, w, x->data, x_step, grad->data, losses,
-                           regularizer, lam, features);
+    const size length = sparse && m ? a.indptr[m] / m + 1 : d;
+#define RUN(suffix)                                                                                                      \
+    run_##suffix((call_##suffix){                                                                                        \
+        .a = &a, .offsets = offsets->data, .owned = owned->data, .denominators = denominators->data, .x = x->data,       \
+        .w = w, .x_step = x->ndim == 2 ? d : 0, .features = features, .regularizer = regularizer, .lam = lam,            \
+        .grad = grad->data, .loss = loss == none ? NULL : loss->data }, length)
+    return number == FLOAT32 ? RUN(f32) : RUN(f64);
 }
 
 #else
@@ -216,57 +223,55 @@ INLINE double NAME(logistic)(REAL *restrict z, const REAL *restrict b, size n, R
     return sum;
 }
 
-/* A row of CSR: Σ_k values_k x[indices_k]. By fours, because an addition waits for the one before it; not vectorised,
-   because many CPUs gather slower than they load. */
-INLINE REAL NAME(sparse_dot)(const REAL *values, const int32_t *indices, size n, const REAL *restrict x, int ones)
+/* Rows of CSR are read by fours, because an addition waits for the one before it, and not vectorised, because many CPUs
+   gather slower than they load. `all`: the rows are neighbours, so that k runs on from one to the next. */
+INLINE void NAME(sparse_margins)(const samples *a, const int64_t *row, size n, const REAL *restrict x, REAL *restrict z,
+                                 int all, int ones)
 {
-#define TERM(k) ((ones ? 1 : values[k]) * x[indices[k]])
-    REAL s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    size k = 0;
-    for (; k + 4 <= n; k += 4)
-        s0 += TERM(k), s1 += TERM(k + 1), s2 += TERM(k + 2), s3 += TERM(k + 3);
-    if (n & 2)
-        s0 += TERM(k), s1 += TERM(k + 1), k += 2;
-    if (n & 1)
-        s2 += TERM(k);
-    return (s0 + s1) + (s2 + s3);
+#define TERM(l) ((ones ? 1 : v[l]) * x[k[l]])
+    const int64_t *indptr = a->indptr;
+    const int32_t *indices = a->indices, *k = indices + indptr[row[0]];
+    for (size j = 0; j < n; j++) {
+        REAL s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        const int32_t *end = indices + (all ? indptr[row[0] + j + 1] : indptr[row[j] + 1]);
+        if (!all)
+            k = indices + indptr[row[j]];
+        const REAL *v = ones ? NULL : (const REAL *)a->values + (k - indices);
+        for (; end - k >= 4; k += 4, v += ones ? 0 : 4)
+            s0 += TERM(0), s1 += TERM(1), s2 += TERM(2), s3 += TERM(3);
+        if ((end - k) & 2) {
+            s0 += TERM(0), s1 += TERM(1);
+            k += 2, v += ones ? 0 : 2;
+        }
+        if (k < end)
+            s2 += TERM(0), k++;
+        z[j] = (s0 + s1) + (s2 + s3);
+    }
 #undef TERM
 }
 
-/* g[indices_k] += t values_k */
-INLINE void NAME(sparse_add)(const REAL *values, const int32_t *indices, size n, REAL t, REAL *restrict g, int ones)
+INLINE void NAME(sparse_sum)(const samples *a, const int64_t *row, size n, const REAL *restrict t, REAL *restrict g, int all,
+                             int ones)
 {
-#define ADD(k) g[indices[k]] += t * (ones ? 1 : values[k])
-    size k = 0;
-    for (; k + 4 <= n; k += 4)
-        ADD(k), ADD(k + 1), ADD(k + 2), ADD(k + 3);
-    if (n & 2)
-        ADD(k), ADD(k + 1), k += 2;
-    if (n & 1)
-        ADD(k);
+#define ADD(l) g[k[l]] += t_j * (ones ? 1 : v[l])
+    const int64_t *indptr = a->indptr;
+    const int32_t *indices = a->indices, *k = indices + indptr[row[0]];
+    for (size j = 0; j < n; j++) {
+        const REAL t_j = t[j];
+        const int32_t *end = indices + (all ? indptr[row[0] + j + 1] : indptr[row[j] + 1]);
+        if (!all)
+            k = indices + indptr[row[j]];
+        const REAL *v = ones ? NULL : (const REAL *)a->values + (k - indices);
+        for (; end - k >= 4; k += 4, v += ones ? 0 : 4)
+            ADD(0), ADD(1), ADD(2), ADD(3);
+        if ((end - k) & 2) {
+            ADD(0), ADD(1);
+            k += 2, v += ones ? 0 : 2;
+        }
+        if (k < end)
+            ADD(0), k++;
+    }
 #undef ADD
-}
-
-INLINE void NAME(sparse_margins)(const samples *a, const int64_t *row, size n, const REAL *x, REAL *z, int ones)
-{
-    const REAL *values = a->values;
-    const int32_t *indices = a->indices;
-    const int64_t *indptr = a->indptr;
-    for (size j = 0; j < n; j++) {
-        size first = indptr[row[j]];
-        z[j] = NAME(sparse_dot)(values + first, indices + first, indptr[row[j] + 1] - first, x, ones);
-    }
-}
-
-INLINE void NAME(sparse_sum)(const samples *a, const int64_t *row, size n, const REAL *t, REAL *g, int ones)
-{
-    const REAL *values = a->values;
-    const int32_t *indices = a->indices;
-    const int64_t *indptr = a->indptr;
-    for (size j = 0; j < n; j++) {
-        size first = indptr[row[j]];
-        NAME(sparse_add)(values + first, indices + first, indptr[row[j] + 1] - first, t[j], g, ones);
-    }
 }
 
 /* Dense rows go by fours: x, or g, is read once for four of them. */
@@ -319,6 +324,11 @@ INLINE void NAME(dense_sum)(const samples *a, const int64_t *row, size n, const 
     }
 }
 
+/* Sparse loops are compiled four times over, without a test in them. */
+#define BY_KIND(function, ...)                                                                                           \
+    (a->rows ? a->values ? function(__VA_ARGS__, 0, 0) : function(__VA_ARGS__, 0, 1)                                     \
+             : a->values ? function(__VA_ARGS__, 1, 0) : function(__VA_ARGS__, 1, 1))
+
 /* g = Σ scale ℓ'(a_rᵀ x, b_r) a_r over the places first … last − 1 in the list of rows; returns Σ ℓ, if wanted. */
 CPU_GENERATIONS static double NAME(part)(const samples *a, size first, size last, const REAL *x, REAL scale, REAL *g,
                                          int loss)
@@ -336,24 +346,19 @@ CPU_GENERATIONS static double NAME(part)(const samples *a, size first, size last
         size n = smaller(block, last - first);
         for (size j = 0; j < n; j++)
             row[j] = a->rows ? a->rows[first + j] : first + j;
-        for (size j = 0; j < n; j++)
+        for (size j = 0; a->rows && j < n; j++)
             b[j] = labels[row[j]];
 
-        if (!a->indptr)
+        if (a->indptr)
+            BY_KIND(NAME(sparse_margins), a, row, n, x, z);
+        else
             NAME(dense_margins)(a, row, n, x, z);
-        else if (a->values)
-            NAME(sparse_margins)(a, row, n, x, z, 0);
+        const REAL *b_j = a->rows ? b : labels + first;
+        sum += a->link == LOGISTIC ? NAME(logistic)(z, b_j, n, scale, loss) : NAME(linear)(z, b_j, n, scale, loss);
+        if (a->indptr)
+            BY_KIND(NAME(sparse_sum), a, row, n, z, g);
         else
-            NAME(sparse_margins)(a, row, n, x, z, 1);
-
-        sum += a->link == LOGISTIC ? NAME(logistic)(z, b, n, scale, loss) : NAME(linear)(z, b, n, scale, loss);
-
-        if (!a->indptr)
             NAME(dense_sum)(a, row, n, z, g);
-        else if (a->values)
-            NAME(sparse_sum)(a, row, n, z, g, 0);
-        else
-            NAME(sparse_sum)(a, row, n, z, g, 1);
     }
     return sum;
 }
@@ -387,56 +392,86 @@ CPU_GENERATIONS static double NAME(regularize)(int regularizer, double lam, cons
     return lam * sum;
 }
 
-/* Worker i has the places offsets[i] … offsets[i+1] − 1 of the rows. It has a regularizer, on its first `features`
-   coordinates, if it owns rows of the data at all: owned[i] < owned[i+1]. Its point is x + i x_step. Fills grad (w, d) and,
-   unless NULL, loss (w,). */
-static int NAME(linear_model)(const samples *a, size length, const int64_t *offsets, const double *denominators,
-                              const int64_t *owned, size w, const REAL *x, size x_step, REAL *grad, double *loss,
-                              int regularizer, double lam, size features)
+/* One call, and its plan: worker i's parts are first[i] … first[i+1] − 1, and part q is of[q]'s. A worker's first part is
+   summed in its row of grad, the others in sums. */
+typedef struct {
+    const samples *a;
+    const int64_t *offsets, *owned;     /* worker i has the places offsets[i] … offsets[i+1] − 1 of the rows; it has a */
+    const double *denominators;         /* regularizer if it owns rows of the data at all: owned[i] < owned[i+1] */
+    const REAL *x;                      /* worker i's point is x + i x_step */
+    size w, x_step, features;           /* so many coordinates, the first ones, are regularised */
+    int regularizer;
+    double lam;
+    REAL *grad;                         /* (w, d) */
+    double *loss;                       /* (w,) or NULL */
+    size *first, *of;
+    REAL *sums;
+    double *losses;
+} NAME(call);
+
+static void NAME(add_up)(const NAME(call) *c, size q)
 {
-    const size d = a->d;
-    size *first = malloc((w + 1) * sizeof *first), parts = 0;       /* worker i's parts: first[i] … first[i+1] − 1 */
-    if (!first)
+    size i = c->of[q], k = q - c->first[i], parts = c->first[i + 1] - c->first[i];
+    size begin = c->offsets[i], count = c->offsets[i + 1] - begin, d = c->a->d;
+    c->losses[q] = NAME(part)(c->a, begin + count * k / parts, begin + count * (k + 1) / parts, c->x + i * c->x_step,
+                              1 / c->denominators[i], k ? c->sums + (q - i - 1) * d : c->grad + i * d, c->loss != NULL);
+}
+
+static void NAME(finish)(const NAME(call) *c, size i)
+{
+    size d = c->a->d;
+    REAL *g = c->grad + i * d;
+    double loss = c->losses[c->first[i]];
+    for (size q = c->first[i] + 1; q < c->first[i + 1]; q++) {
+        NAME(add)(g, c->sums + (q - i - 1) * d, d);
+        loss += c->losses[q];
+    }
+    if (c->offsets[i] < c->offsets[i + 1])
+        loss /= c->denominators[i];
+    if (c->owned[i] < c->owned[i + 1])
+        loss += NAME(regularize)(c->regularizer, c->lam, c->x + i * c->x_step, c->features, g);
+    if (c->loss)
+        c->loss[i] = loss;
+}
+
+/* length: numbers in a row, about. */
+static int NAME(run)(NAME(call) c, size length)
+{
+    size w = c.w, d = c.a->d, parts = 0;
+    c.first = malloc((w + 1) * sizeof *c.first);
+    if (!c.first)
         return DECLINED;
     for (size i = 0; i < w; i++) {
-        first[i] = parts;
-        parts += parts_of(offsets[i + 1] - offsets[i], length, d);
+        c.first[i] = parts;
+        parts += parts_of(c.offsets[i + 1] - c.offsets[i], length, d);
     }
-    first[w] = parts;
-
-    size *worker = malloc(parts * sizeof *worker + 1);              /* whose part it is */
-    double *losses = malloc(parts * sizeof *losses + 1);
-    REAL *sums = malloc((parts - w) * d * sizeof *sums + 1);        /* a worker's first sum is its row of grad */
-    const int failed = !worker || !losses || !sums;
+    c.first[w] = parts;
+    c.of = malloc(parts * sizeof *c.of + 1);
+    c.losses = malloc(parts * sizeof *c.losses + 1);
+    c.sums = malloc((parts - w) * d * sizeof *c.sums + 1);
+    const int failed = !c.of || !c.losses || !c.sums;
     if (!failed) {
         for (size i = 0; i < w; i++)
-            for (size q = first[i]; q < first[i + 1]; q++)
-                worker[q] = i;
-#pragma omp parallel if ((offsets[w] - offsets[0]) * length + w * d > SMALL)
-        {
+            for (size q = c.first[i]; q < c.first[i + 1]; q++)
+                c.of[q] = i;
+        if ((c.offsets[w] - c.offsets[0]) * length + w * d < SMALL) {
+            for (size q = 0; q < parts; q++)
+                NAME(add_up)(&c, q);
+            for (size i = 0; i < w; i++)
+                NAME(finish)(&c, i);
+        } else {
+#pragma omp parallel
+            {
 #pragma omp for schedule(dynamic)
-            for (size q = 0; q < parts; q++) {
-                size i = worker[q], k = q - first[i], n = first[i + 1] - first[i], count = offsets[i + 1] - offsets[i];
-                losses[q] = NAME(part)(a, offsets[i] + count * k / n, offsets[i] + count * (k + 1) / n, x + i * x_step,
-                                       1 / denominators[i], k ? sums + (q - i - 1) * d : grad + i * d, loss != NULL);
-            }
+                for (size q = 0; q < parts; q++)
+                    NAME(add_up)(&c, q);
 #pragma omp for schedule(static)
-            for (size i = 0; i < w; i++) {
-                double sum = losses[first[i]];
-                for (size q = first[i] + 1; q < first[i + 1]; q++) {
-                    NAME(add)(grad + i * d, sums + (q - i - 1) * d, d);
-                    sum += losses[q];
-                }
-                if (offsets[i] < offsets[i + 1])
-                    sum /= denominators[i];
-                if (owned[i] < owned[i + 1])
-                    sum += NAME(regularize)(regularizer, lam, x + i * x_step, features, grad + i * d);
-                if (loss)
-                    loss[i] = sum;
+                for (size i = 0; i < w; i++)
+                    NAME(finish)(&c, i);
             }
         }
     }
-    free(first), free(worker), free(losses), free(sums);
+    free(c.first), free(c.of), free(c.losses), free(c.sums);
     return failed ? DECLINED : 0;
 }
 #endif

@@ -87,10 +87,10 @@ int apply(const array *x, const array *v, const array *mean, double gamma)
 /* out = scale Σ_i u_i, i = 0, 1, …: ops.row_sum */
 int row_sum(const array *u, const array *out, double scale)
 {
-    if (!is_float(u, READABLE) || u->ndim != 2 || !is_dense(out, WRITABLE) || out->dtype->number != u->dtype->number
-        || out->ndim != 1 || out->shape[0] != u->shape[1])
+    if (!is_rows(u) || !is_dense(out, WRITABLE) || out->dtype->number != u->dtype->number || out->ndim != 1
+        || out->shape[0] != u->shape[1])
         return DECLINED;
-    BY_DTYPE(u, row_sum, u->data, out->data, scale, u->shape[0], u->shape[1]);
+    BY_DTYPE(u, row_sum, u->data, out->data, scale, u->shape[0], u->shape[1], u->strides[0]);
     return 0;
 }
 
@@ -250,23 +250,24 @@ static void NAME(apply)(REAL *x, REAL *v, const REAL *mean, double gamma, size n
         NAME(apply_block)(x + k, v + k, mean + k, gamma, smaller(CHUNK, n - k));
 }
 
-CPU_GENERATIONS static void NAME(row_sum_block)(const REAL *u, REAL *out, REAL scale, size w, size d, size n)
+/* n columns of w rows that lie `pitch` elements apart */
+CPU_GENERATIONS static void NAME(row_sum_block)(const REAL *u, REAL *out, REAL scale, size w, size pitch, size n)
 {
     memset(out, 0, n * sizeof(REAL));
     for (size i = 0; i < w; i++)
 #pragma omp simd
         for (size j = 0; j < n; j++)
-            out[j] += u[i * d + j];
+            out[j] += u[i * pitch + j];
 #pragma omp simd
     for (size j = 0; j < n; j++)
         out[j] *= scale;
 }
 
-static void NAME(row_sum)(const REAL *u, REAL *out, double scale, size w, size d)
+static void NAME(row_sum)(const REAL *u, REAL *out, double scale, size w, size d, size stride)
 {
 #pragma omp parallel for schedule(static) if (w * d > SMALL)
     for (size k = 0; k < d; k += COLUMNS)
-        NAME(row_sum_block)(u + k, out + k, scale, w, d, smaller(COLUMNS, d - k));
+        NAME(row_sum_block)(u + k, out + k, scale, w, stride / (size)sizeof(REAL), smaller(COLUMNS, d - k));
 }
 
 #endif

@@ -9,10 +9,11 @@ from time import perf_counter
 import numpy as np
 
 from . import rules
-from .comm import Comm, Server
+from .comm import Comm
 from .device import Device, xp
 from .errors import InputError
 from .rows import Rows
+from .server import Server
 
 
 class Aggregation:
@@ -45,6 +46,7 @@ class Aggregation:
             rows = self.attack(rows)
         rows, self.replaced = without_non_finite(rows, self.f)
         result = rules.chain(rows, self.names, self.f)
+        self.server.release()
         self.seconds += perf_counter() - start - (self.server.comm.seconds - exchanged)
         return result
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from . import device, methods, ops
 from .aggregation import Aggregation
-from .comm import Comm, Server, world
+from .comm import Comm, world
 from .errors import InputError
+from .server import Server
 from .streams import stream
 from .version import __version__
 
@@ -159,8 +160,9 @@ def _lines(d: int, result: dict[str, float], limits: dict[str, float]) -> list[d
 
 
 def exchange(comm: Comm) -> list[dict]:
-    """The mean of a float32 vector from every rank, as all-reduce and as column exchange, and a whole Clip21 round but
-    for the gradient: milliseconds, and the ratio to a bare MPI_Allreduce of the same bytes."""
+    """The mean of a float32 vector from every rank, through MPI as all-reduce and as column exchange, and on the board
+    in shared memory; and a whole Clip21 round but for the gradient: milliseconds, and the ratio to a bare MPI_Allreduce
+    of the same bytes."""
     if comm.size == 1:
         raise InputError("bench exchange: one rank exchanges nothing; start it with mpirun -n 2 (or more)")
     return [line for d in (123, 10**4, 10**5, 10**6, 10**7) for line in _exchange(comm, d)]
@@ -170,16 +172,20 @@ def _exchange(comm: Comm, d: int) -> list[dict]:
     g_i = stream(0, "bench", comm.rank).standard_normal((1, d), np.float32)
     total = np.empty(d, np.float32)
     here = device.Device("cpu")
-    servers = {"all-reduce": Server(comm, d, comm.size, 1, here, "float32", "replicated"),
-               "exchange": Server(comm, d, comm.size, 1, here, "float32", "sharded", means_only=False)}
+    new = partial(Server, comm, d, comm.size, 1, here, "float32")
+    servers = {"mean, MPI all-reduce": new("replicated", board=False),
+               "mean, MPI exchange": new("sharded", means_only=False, board=False),
+               "mean, board, replicated": new("replicated"),
+               "mean, board, sharded": new("sharded", means_only=False)}
+    comm.mpi.Allreduce(g_i[0], total)
     for name, server in servers.items():
-        comm.mpi.Allreduce(g_i[0], total)
-        np.testing.assert_allclose(server.join(server.mean(g_i)), total / comm.size, rtol=1e-4, atol=1e-5, err_msg=name)
-    chosen = Server(comm, d, comm.size, 1, here, "float32")
+        server.mine[:] = g_i
+        whole = server.join(server.mean(server.mine))
+        np.testing.assert_allclose(whole, total / comm.size, rtol=1e-4, atol=1e-5, err_msg=name)
+    chosen = new()
     result = race({"MPI_Allreduce": lambda: comm.mpi.Allreduce(g_i[0], total),
-                   **{f"mean by {name}": partial(lambda s: s.join(s.mean(g_i)), server)
-                      for name, server in servers.items()},
-                   "Clip21 round": _clip21_round(chosen, g_i.copy())}, comm)
+                   **{name: partial(lambda s: s.join(s.mean(s.mine)), server) for name, server in servers.items()},
+                   "Clip21 round": _clip21_round(chosen, chosen.mine)}, comm)
     return _lines(d, result, dict.fromkeys(result, result["MPI_Allreduce"]))
 
 

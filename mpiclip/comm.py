@@ -1,10 +1,12 @@
-"""The ranks of a run, and the exchange of their workers' vectors. The only importer of mpi4py."""
+"""The ranks of a run: who they are, small agreements, memory that they share. The door to mpi4py."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from . import ops
-from .device import Device, cores, host, xp
+from .device import cores
 from .errors import InputError
-from .rows import Rows
 
 # Read by MPI when it starts. A user's own setting wins.
 os.environ.setdefault("OMPI_MCA_btl", "^ofi")        # Open MPI's ofi BTL sleeps for one second in every MPI_Init
-
-# A mean of at most this many bytes is one small all-reduce: two calls of an exchange would cost more in latency than
-# they save in bandwidth (`mpiclip bench exchange`).
-SMALL = 64 * 1024
 
 
 def started_as() -> int:
@@ -101,10 +97,32 @@ class Comm:
         """Rank 0's item, on every rank."""
         return self.mpi.bcast(item) if self.size > 1 else item
 
+    def number(self, dtype: np.dtype) -> Any:
+        """The MPI datatype of a NumPy dtype."""
+        from mpi4py.util import dtlib
+        return dtlib.from_numpy_dtype(dtype)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
             self.mpi.Barrier()
+
+    def shared(self, shape: tuple[int, ...], dtype) -> np.ndarray | None:
+        """An array of zeros in memory that all ranks share, or None: for one rank, for ranks on several hosts, and
+        where there is no room. The memory is given back when the last rank drops it, also when that rank is killed."""
+        if self.size == 1 or self.hosts > 1:
+            return None
+        size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        memory, path = _create(size) if self.rank == 0 else (None, None)
+        path = self.same(path)
+        if self.rank > 0 and path is not None:
+            memory = _map(path, size)
+        everywhere = all(self.all(memory is not None))
+        if self.rank == 0 and path is not None:
+            os.unlink(path)                                 # the memory lives as long as somebody maps it
+        if memory is None or not everywhere:
+            return None
+        return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
 
     def total(self, values) -> np.ndarray:
         """The sum over the ranks of a small float64 array; the same bytes on every rank (MPI promises it)."""
@@ -142,142 +160,29 @@ class Comm:
             raise InputError(messages[failed[0]] + where, agreed=True)
 
 
-class Server:
-    """The server of the papers: it receives a vector from each of n workers and keeps d coordinates of its own.
+def _create(size: int) -> tuple[mmap.mmap | None, str | None]:
+    """A file of `size` zero bytes in memory, mapped, and its path; (None, None) if there is no room for it."""
+    try:
+        fd, path = tempfile.mkstemp(prefix="mpiclip-", dir="/dev/shm")
+    except OSError:
+        return None, None
+    try:
+        os.posix_fallocate(fd, 0, size)     # takes the room now: a page that cannot be had later is a crash
+        return mmap.mmap(fd, size), path
+    except OSError:
+        os.unlink(path)
+        return None, None
+    finally:
+        os.close(fd)
 
-    Which rank is the server of which coordinates (columns):
-      sharded      each rank owns an equal share: the traffic of an all-reduce, and no rank ever holds n·d numbers;
-      rank0        rank 0 owns them all (a Gather and a Bcast): only rank 0 need be trusted;
-      replicated   a short vector, of which only means are taken, is owned whole by every rank (one small all-reduce).
 
-    `own` is the slice of this rank's columns. Server vectors have the length of `own`; `join` makes them whole."""
-
-    def __init__(self, comm: Comm, d: int, workers: int, here: int, device: Device, dtype: str, at: str = "sharded",
-                 means_only: bool = True, gpu_aware: bool = False):
-        self.comm, self.d, self.n, self.device, self.dtype = comm, d, workers, device, np.dtype(dtype)
-        self.hosted = np.array(comm.all(here))                  # workers on each rank
-        size = comm.size
-        if at == "sharded" and means_only and d * self.dtype.itemsize <= SMALL:
-            at = "replicated"
-        self.at = at
-        shares = {"sharded": [len(part) for part in np.array_split(np.empty(d, bool), size)],
-                  "rank0": [d] + [0] * (size - 1),
-                  "replicated": [d] * size}[at]
-        self.counts = np.array(shares)
-        self.starts = np.zeros(size, int) if at == "replicated" else np.cumsum(self.counts) - self.counts
-        first = int(self.starts[comm.rank])
-        self.own = slice(first, first + int(self.counts[comm.rank]))
-        self.gpu_aware = gpu_aware or device.xp is np
-        self._buffers: dict[str, Any] = {}
-
-    # ---- the three movements
-
-    def mean(self, u_i):
-        """(1/n) Σ_i u_i over all workers, this rank's columns of it. u_i: (w, d), this rank's workers."""
-        start = perf_counter()
-        w = len(u_i)
-        if self.comm.size == 1:
-            result = ops.row_sum(u_i, 1 / self.n, out=self._buffer("mean", self.d, like=u_i))
-        else:
-            local = u_i[0] if w == 1 else ops.row_sum(u_i, out=self._buffer("local", self.d, like=u_i))
-            result = self._reduce(local)
-        self.comm.seconds += perf_counter() - start
-        return result
-
-    def rows(self, u_i) -> Rows:
-        """All n workers' vectors, this rank's columns of them. u_i: (w, d), this rank's workers."""
-        start = perf_counter()
-        result = Rows(self._transpose(u_i) if self.comm.size > 1 else u_i, self.comm.total)
-        self.comm.seconds += perf_counter() - start
-        return result
-
-    def join(self, part):
-        """The whole vector (d,), on every rank, from the columns that each rank owns."""
-        if self.comm.size == 1 or self.at == "replicated":
-            return part
-        start = perf_counter()
-        whole = self._mpi_buffer("whole", self.d, like=part)
-        if self.at == "rank0":
-            if self.comm.rank == 0:
-                whole[:] = self._to_mpi(part)
-            self.comm.mpi.Bcast(whole)
-            self.comm.sent += whole.nbytes if self.comm.rank == 0 else 0
-        else:
-            self.comm.mpi.Allgatherv(self._to_mpi(part), [whole, (self.counts, self.starts)])
-            self.comm.sent += (self.comm.size - 1) * part.nbytes
-        result = self._from_mpi(whole)
-        self.comm.seconds += perf_counter() - start
-        return result
-
-    def dot(self, part, other) -> float:
-        """⟨u, v⟩ of two server vectors, the same on every rank. part, other: this rank's columns of them."""
-        product = float(host(xp(part).dot(part.astype(np.float64), other.astype(np.float64))))
-        return product if self.at == "replicated" else float(self.comm.total(product))
-
-    def norm(self, part) -> float:
-        """‖u‖₂ of a server vector, the same on every rank. part: this rank's columns of it."""
-        square = float(host(ops.norms(part))) ** 2
-        return (square if self.at == "replicated" else float(self.comm.total(square))) ** 0.5
-
-    # ---- how they are made
-
-    def _reduce(self, local):
-        """The mean's columns from each rank's sum: one small all-reduce, or an all-to-all and local sums."""
-        comm, send = self.comm, self._to_mpi(local)
-        if self.at == "replicated":
-            total = self._mpi_buffer("total", self.d, like=local)
-            comm.mpi.Allreduce(send, total)
-            comm.sent += 2 * (comm.size - 1) * send.nbytes // comm.size
-            return ops.row_sum(self._from_mpi(total)[None], 1 / self.n, out=self._buffer("mean", self.d, like=local))
-        own = int(self.counts[comm.rank])
-        parts = self._mpi_buffer("parts", (comm.size, own), like=local)
-        comm.mpi.Alltoallv([send, (self.counts, self.starts)], [parts, ([own] * comm.size, None)])
-        comm.sent += send.nbytes - own * send.itemsize
-        return ops.row_sum(self._from_mpi(parts), 1 / self.n, out=self._buffer("mean", own, like=local))
-
-    def _transpose(self, u_i):
-        """(w, d) of each rank → (n, columns) of each rank. MPI's vector types pick the columns: nothing is packed."""
-        from mpi4py.util import dtlib
-        comm, w = self.comm, len(u_i)
-        send = self._to_mpi(u_i)
-        own = int(self.counts[comm.rank])
-        rows = self._mpi_buffer("rows", (self.n, own), like=u_i)
-        number, size = dtlib.from_numpy_dtype(send.dtype), send.itemsize
-        blocks = [number.Create_vector(w, int(c), self.d).Commit() for c in self.counts]
-        above = np.cumsum(self.hosted) - self.hosted
-        comm.mpi.Alltoallw(
-            [send, ([1 if w and c else 0 for c in self.counts], (self.starts * size).tolist()), blocks],
-            [rows, ((self.hosted * own).tolist(), (above * own * size).tolist()), [number] * comm.size])
-        for block in blocks:
-            block.Free()
-        comm.sent += w * (self.d - own) * size
-        return self._from_mpi(rows)
-
-    # ---- buffers: allocated once, since a fresh page costs more than what is written on it
-
-    def _buffer(self, name: str, shape, like):
-        key = f"{name} {xp(like).__name__}"
-        if key not in self._buffers:
-            self._buffers[key] = xp(like).empty(shape, like.dtype)
-        return self._buffers[key]
-
-    def _mpi_buffer(self, name: str, shape, like):
-        """Where MPI may write: on the GPU only if MPI was said to be GPU-aware, else page-locked host memory."""
-        if self.gpu_aware:
-            return self._buffer(name, shape, like)
-        key = f"{name} host"
-        if key not in self._buffers:
-            self._buffers[key] = self.device.pinned(shape, like.dtype)
-        return self._buffers[key]
-
-    def _to_mpi(self, array):
-        """The array where MPI may read it, complete: the stream is synchronised here and nowhere else."""
-        if self.gpu_aware:
-            self.device.synchronize()
-            return array
-        staged = self._mpi_buffer(f"stage {array.shape}", array.shape, like=array)
-        array.get(out=staged)
-        return staged
-
-    def _from_mpi(self, buffer):
-        return buffer if self.gpu_aware else self.device.put(buffer)
+def _map(path: str, size: int) -> mmap.mmap | None:
+    """The memory that another rank of this host created; None where it is not to be seen (another container, say)."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return mmap.mmap(fd, size)
+    finally:
+        os.close(fd)

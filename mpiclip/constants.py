@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .comm import Server
 from .device import host
 from .errors import InputError
 from .methods import Method, Quantile
+from .server import Server
 from .streams import stream
 from .workers import Workers
 

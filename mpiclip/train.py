@@ -23,10 +23,11 @@ from . import checkpoint, constants, data, record
 from . import config as configs
 from .aggregation import Aggregation
 from .attacks import ATTACKS
-from .comm import Comm, Server, world
+from .comm import Comm, world
 from .config import Config
 from .device import host, select, set_threads
 from .errors import InputError
+from .server import Server
 from .version import __version__
 from .workers import CHECKPOINT, GO, NOT_FINITE, STOP, Workers
 
@@ -129,7 +130,7 @@ class Training:
         self.server = Server(comm, len(x), n, len(ids), self.device, run.dtype, agg.at,
                              means_only=not agg.rules and not agg.attack, gpu_aware=run.gpu_aware_mpi)
         self.workers = Workers(problem, self.device.put_all(inputs), None if shard is None else shard.offsets, ids,
-                               len(x), run.dtype, self.device, comm, run.seed,
+                               len(x), run.dtype, self.device, comm, self.server.mine, run.seed,
                                None if run.batch == "full" else run.batch, honest, tolerant=bool(agg.rules))
         with comm.agree():
             self.aggregate = Aggregation(self.server, agg.rules, agg.f, attack_of(agg.attack), byzantine)

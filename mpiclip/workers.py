@@ -21,6 +21,7 @@ class Workers:
     """This rank's w workers, of n. Names ending in `_i` are arrays with one row for each of them.
 
     problem, data   f_i: problem.loss_grad(x, data, batch)
+    rows            (w, d), where the gradients are written: this rank's part of the server's board
     offsets         worker i's rows are offsets[i]:offsets[i+1] of this rank's rows (w+1,); None: f_i needs no rows
     batch           rows that a worker draws for a gradient, independently and uniformly from its own; None: all of them
     honest          how many of the n workers are honest (the first ones): only they have an f_i
@@ -31,13 +32,13 @@ class Workers:
     seconds         time spent in gradients so far"""
 
     def __init__(self, problem: Any, data: Any, offsets: np.ndarray | None, ids: np.ndarray, d: int, dtype: str,
-                 device: Device, comm: Comm, seed: int, batch: int | None, honest: int, tolerant: bool):
+                 device: Device, comm: Comm, rows: Any, seed: int, batch: int | None, honest: int, tolerant: bool):
         self.problem, self.data, self.offsets, self.ids = problem, data, offsets, ids
         self.d, self.dtype, self.device, self.comm = d, np.dtype(dtype), device, comm
         self.seed, self.batch, self.honest, self.tolerant = seed, batch, honest, tolerant
         self.round, self.wish, self.agreed = 0, GO, GO
         self.seconds = 0.0
-        self._g_i = self.zeros()
+        self._g_i = rows            # (w, d): where the gradients are written
         self._step = 0              # calls of grad in this round
         self._failed = False        # a gradient of a later local step was not finite
         self._known = None          # the x at which _g_i already holds the full gradients

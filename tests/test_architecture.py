@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[1]
 # those of its own floor that are named beside it.
 FLOORS = [
     {"__main__": set()},
-    {"bench": set(), "doctor": set(), "show": set(), "plot": set(), "importers": set()},
+    {"bench": set(), "doctor": set(), "plot": {"show"}, "show": set(), "importers": set()},
     {"train": set()},
-    {"constants": {"workers", "methods"}, "aggregation": set(), "workers": set(), "methods": set(), "checkpoint": set(),
-     "record": set(), "config": {"methods", "problems"}},
-    {"problems": set(), "comm": set(), "rules": set(), "attacks": set(), "data": set()},
-    {"ops": set(), "rows": set(), "splits": set(), "disk": set()},
+    {"constants": {"workers"}, "aggregation": set(), "workers": set(), "checkpoint": set(), "record": set(),
+     "config": set()},
+    {"methods": set(), "problems": set(), "server": set(), "rules": set(), "attacks": set(), "data": set()},
+    {"ops": set(), "rows": set(), "splits": set(), "disk": set(), "comm": set()},
     {"kernels": set()},
     {"device": set()},
     {"errors": set(), "streams": set(), "version": set()},

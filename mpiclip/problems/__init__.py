@@ -1,5 +1,5 @@
-"""Problems, one file each: what worker i's f_i is. The file's name is the config's `problem.name`, the record's fields are
-its keys.
+"""Problems, one file each: what worker i's f_i is. The file's name is the config's `problem.name`, the record's fields
+are its keys.
 
 A problem is a frozen record of constants with functions of `data`, which `prepare` made of this rank's w workers:
 
@@ -65,7 +65,7 @@ class Problem(BaseModel):
         raise NotImplementedError
 
     def regularize(self, x, grad, loss, owners) -> None:
-        """∇f_i += λ r'(x_i), and f_i += λ r(x_i) unless `loss` is None, of those workers that are `owners` (w,) of rows.
+        """∇f_i += λ r'(x_i), and f_i += λ r(x_i) unless `loss` is None, for the workers that are `owners` (w,).
         x: (w, C, p) or (1, C, p); grad: (w, C, p)."""
         if self.regularizer == "none":
             return

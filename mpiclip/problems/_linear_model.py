@@ -1,4 +1,4 @@
-"""What linear, logistic and softmax regression have in common: f_i is a mean over rows, of a function of scores that are
+"""What linear, logistic and softmax regression have in common: f_i is a mean over rows of a function of scores, which are
 linear in x. All of a rank's workers at once."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from . import Problem
 class Rows:
     """The rows of w workers, one worker after the other."""
 
-    a: Any                      # (m, q) dense, or data.Csr: the p features and, if there is an intercept, a column of ones
+    a: Any                      # (m, q) dense, or data.Csr: the p features and, for an intercept, a column of ones
     y: Any                      # (m,) labels, as the problem's `link` wants them
     offsets: np.ndarray         # (w+1,) int64: worker i's rows are offsets[i]:offsets[i+1]
     features: int               # p: so many columns, the first ones, are regularised
@@ -32,10 +33,15 @@ class Rows:
         """(w,) float64: each worker's number of rows, or 1."""
         return np.maximum(np.diff(host(self.offsets)), 1).astype(np.float64)
 
+    @cached_property
+    def matrix(self):
+        """a as `scores` and `combine` want it."""
+        return matrix(self.a, host(self.offsets))
+
 
 class LinearModel(Problem):
     """f_i(x) = (1/m_i) Σ_r ℓ(z_r, b_r) + λ r(x), over worker i's m_i rows (a_r, b_r). The scores z_r = x a_r are C
-    numbers, x is a (C, p) matrix, flattened. intercept = true: every a_r has one more element, its last, which is 1; x's
+    numbers, x is a (C, p) matrix, flattened. intercept: every a_r gets one more element, its last, which is 1; x's
     coordinates for it are not regularised."""
 
     intercept: bool = False
@@ -72,10 +78,10 @@ class LinearModel(Problem):
         return linear_model(x, data, self, batch, out, loss)
 
     def smoothness_product(self, u_i, data):
-        a, offsets, product = matrix(data.a), host(data.offsets), xp(u_i).empty_like(u_i)
+        offsets, product = host(data.offsets), xp(u_i).empty_like(u_i)
         u, h = (v.reshape(len(u_i), data.outputs, -1) for v in (u_i, product))
-        z = scores(a, u, offsets)
-        combine(a, self.curvature(z) * per_row(1 / data.denominators, offsets, z), offsets, h)
+        z = scores(data.matrix, u, offsets)
+        combine(data.matrix, self.curvature(z) / per_row(data.denominators, offsets, z), offsets, h)
         curvature = self.regularizer_curvature * (np.diff(offsets) > 0)
         h[..., :data.features] += xp(u).asarray(curvature, u.dtype)[:, None, None] * u[..., :data.features]
         return product
@@ -85,7 +91,7 @@ class LinearModel(Problem):
 def linear_model(x, data: Rows, problem: LinearModel, batch=None, out=None, loss: bool = True):
     """LinearModel.loss_grad."""
     owners = np.diff(host(data.offsets)) > 0
-    a, y = matrix(data.a), data.y
+    a, y = data.matrix, data.y
     if batch is None:
         offsets, denominators = host(data.offsets), data.denominators
     else:
@@ -104,15 +110,27 @@ def linear_model(x, data: Rows, problem: LinearModel, batch=None, out=None, loss
     return losses, grad
 
 
-# linear algebra on rows. a: (m, q), a dense array or a sparse matrix, worker after worker as in offsets (w+1,)
+# Linear algebra on rows, worker after worker as in offsets (w+1,). a: (m, q) dense; or sparse, (m, w q), where the columns
+# of worker i's rows are i q … i q + q − 1, so that products with it, and with its transpose, keep the workers apart.
+
+def matrix(a, offsets):
+    """a (m, q), dense or data.Csr, as the functions below want it; a sparse one becomes a matrix of SciPy or CuPy."""
+    if not is_sparse(a):
+        return a
+    sparse = importlib.import_module("scipy.sparse" if xp(a.data) is np else "cupyx.scipy.sparse")
+    ends = a.indptr[xp(a.data).asarray(offsets[1:])]
+    owner = xp(a.data).searchsorted(ends, xp(a.data).arange(len(a.data)), side="right")
+    (m, q), w = a.shape, len(offsets) - 1
+    return sparse.csr_matrix((a.data, a.indices + owner * q, a.indptr), shape=(m, w * q))
+
 
 def scores(a, x, offsets):
     """z_r = x_i a_r for the rows r of worker i, (m, C). x: (C, q), or (w, C, q) with a matrix for each worker."""
+    w, (C, q) = len(offsets) - 1, x.shape[-2:]
+    if is_sparse(a):
+        return a @ xp(x).broadcast_to(x, (w, C, q)).transpose(0, 2, 1).reshape(w * q, C)
     if x.ndim == 2:
         return a @ x.T
-    w, C, q = x.shape
-    if is_sparse(a):
-        return side_by_side(a, offsets) @ x.transpose(0, 2, 1).reshape(w * q, C)
     z = xp(x).empty((len(a), C), x.dtype)
     for workers, rows, shape in blocks(offsets):
         z[rows] = (a[rows].reshape(*shape, q) @ x[workers].transpose(0, 2, 1)).reshape(-1, C)
@@ -123,7 +141,7 @@ def combine(a, t, offsets, out) -> None:
     """out_i = Σ_r t_r a_rᵀ over the rows r of worker i. t: (m, C), out: (w, C, q)."""
     w, C, q = out.shape
     if is_sparse(a):
-        out[:] = (side_by_side(a, offsets).T @ t).reshape(w, q, C).transpose(0, 2, 1)
+        out[:] = (a.T @ t).reshape(w, q, C).transpose(0, 2, 1)
         return
     for workers, rows, shape in blocks(offsets):
         out[workers] = t[rows].reshape(*shape, C).transpose(0, 2, 1) @ a[rows].reshape(*shape, q)
@@ -147,29 +165,12 @@ def blocks(offsets) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
     Few blocks, as a rule: rows are dealt out as evenly as they can be, and minibatches have one size."""
     counts = np.diff(offsets)
     edges = np.flatnonzero(np.diff(counts, prepend=-1, append=-1))
-    for i, j in zip(edges[:-1], edges[1:], strict=True):
-        yield slice(i, j), slice(offsets[i], offsets[j]), (j - i, counts[i])
-
-
-def side_by_side(a, offsets):
-    """The rows of a (m, q) with worker i's columns moved to the places i q … i q + q − 1, (m, w q): the product with it,
-    or with its transpose, keeps the workers apart."""
-    ends = a.indptr[xp(a.data).asarray(offsets[1:])]
-    owner = xp(a.data).searchsorted(ends, xp(a.data).arange(len(a.data)), side="right")
-    columns = a.indices + owner * a.shape[1]
-    return type(a)((a.data, columns, a.indptr), shape=(a.shape[0], (len(offsets) - 1) * a.shape[1]))
+    for i, j in pairwise(edges):
+        yield slice(i, j), slice(offsets[i], offsets[j]), (int(j - i), int(counts[i]))
 
 
 def is_sparse(a) -> bool:
     return hasattr(a, "indptr")
-
-
-def matrix(a):
-    """data.Csr as a sparse matrix of SciPy or CuPy; a dense array is returned as it is."""
-    if not is_sparse(a):
-        return a
-    sparse = importlib.import_module("scipy.sparse" if xp(a.data) is np else "cupyx.scipy.sparse")
-    return sparse.csr_matrix((a.data, a.indices, a.indptr), shape=a.shape)
 
 
 def with_intercept(a):

@@ -4,12 +4,12 @@ import numpy as np
 
 from ..device import host, xp
 from ..errors import InputError
-from ._linear_model import LinearModel, matrix
+from ._linear_model import LinearModel, scores
 
 
 class Logistic(LinearModel):
-    """f_i(x) = (1/m_i) Σ_r log(1 + exp(−b_r a_rᵀ x)) + λ r(x), over worker i's m_i rows. The data set has two labels, any
-    integers: the lower one is b = −1, the higher one b = +1."""
+    """f_i(x) = (1/m_i) Σ_r log(1 + exp(−b_r a_rᵀ x)) + λ r(x), over worker i's m_i rows. The data set has two labels,
+    any integers: the lower one is b = −1, the higher one b = +1."""
 
     def labels(self, shard):
         classes = shard.classes
@@ -32,5 +32,5 @@ class Logistic(LinearModel):
 
     def accuracy(self, x, data) -> tuple[int, int]:
         """(rows on the right side of a_rᵀ x = 0, rows). A row on it counts as the lower class."""
-        higher = (matrix(data.a) @ x) > 0
-        return int(host((higher == (data.y > 0)).sum())), len(data.y)
+        z = scores(data.matrix, x[None], host(data.offsets))[:, 0]
+        return int(host(((z > 0) == (data.y > 0)).sum())), len(data.y)

@@ -19,16 +19,17 @@ from ._linear_model import combine, matrix, per_row
 class Curves:
     a_i: Any                # (w, d) curvature
     c_i: Any                # (w, d) centre
-    owners: Any             # (w,) bool: whether the worker has an f_i; without rows of the data set it has none, and a_i = 0
+    owners: Any             # (w,) bool: false, and a_i = 0, for a worker that owns no rows of the data set
 
 
 class Quadratic(Problem):
     """f_i(x) = ½ (x − c_i)ᵀ diag(a_i) (x − c_i) + λ r(x), from one of three sources:
 
     curvature, centre               a_i and c_i, a list of d numbers for each worker
-    dimension, condition, spread    drawn from the seed: a_i is a permutation of d numbers in geometric progression from
-                                    1/condition to 1, c_i has d independent normal numbers with standard deviation `spread`
-    neither, but a data set         a_i = 1, and c_i is the mean of worker i's rows: the optimum is the distributed mean"""
+    dimension, condition, spread    drawn from the seed: a_i is a permutation of d numbers in geometric progression
+                                    from 1/condition to 1; c_i is normal with standard deviation `spread`
+    neither, but a data set         a_i = 1 and c_i is the mean of worker i's rows, so that the optimum is the mean of
+                                    vectors that are spread over the workers"""
 
     curvature: list[list[NotNegative]] | None = None
     centre: list[list[Finite]] | None = None
@@ -40,11 +41,9 @@ class Quadratic(Problem):
     def _check(self):
         if (self.curvature is None) != (self.centre is None):
             raise ValueError("curvature and centre go together, found only one of them")
-        if self.curvature is not None:
-            if self.dimension is not None:
-                raise ValueError("found both dimension and curvature; expected one of them")
-            shapes = [{len(row) for row in rows} for rows in (self.curvature, self.centre)]
-            if len(self.curvature) != len(self.centre) or shapes[0] != shapes[1] or len(shapes[0]) != 1 or 0 in shapes[0]:
+        if self.curvature is not None and self.centre is not None:
+            lengths = {len(row) for row in self.curvature + self.centre}
+            if len(self.curvature) != len(self.centre) or len(lengths) != 1 or lengths == {0}:
                 raise ValueError("curvature and centre: expected equally many numbers for each worker in both")
         return self
 
@@ -56,19 +55,20 @@ class Quadratic(Problem):
             raise InputError(f"problem: 'quadratic' found {found}; expected one of {', '.join(sources)}")
         if self.curvature is not None:
             if len(self.curvature) != n:
-                raise InputError(f"problem.curvature: {len(self.curvature)} rows; expected one for each of the {n} workers")
+                raise InputError(f"problem.curvature: {len(self.curvature)} rows; expected one for each of {n} workers")
             a_i, c_i = np.array(self.curvature, dtype)[ids], np.array(self.centre, dtype)[ids]
         elif self.dimension is not None:
-            a_i = np.array([self._curvature(seed, i) for i in ids], dtype)
-            c_i = np.array([self._centre(seed, i) for i in ids], dtype)
+            d, curvature = self.dimension, np.geomspace(1 / self.condition, 1, self.dimension)
+            a_i = np.array([stream(seed, "curvature", i).permutation(curvature) for i in ids], dtype)
+            c_i = np.array([self.spread * stream(seed, "centre", i).standard_normal(d) for i in ids], dtype)
         else:
             return self._means(shard, dtype)
         return Curves(a_i, c_i, np.ones(len(ids), bool))
 
     def _means(self, shard, dtype) -> Curves:
-        counts = np.diff(shard.offsets)
+        offsets, counts = shard.offsets, np.diff(shard.offsets)
         c_i = np.empty((len(counts), shard.features), dtype)
-        combine(matrix(shard.x), per_row(1 / np.maximum(counts, 1), shard.offsets, c_i), shard.offsets, c_i[:, None])
+        combine(matrix(shard.x, offsets), per_row(1 / np.maximum(counts, 1), offsets, c_i), offsets, c_i[:, None])
         owners = counts > 0
         return Curves(np.repeat(owners[:, None].astype(dtype), shard.features, axis=1), c_i, owners)
 
@@ -87,13 +87,7 @@ class Quadratic(Problem):
     def smoothness_product(self, u_i, data):
         return data.a_i * u_i + xp(u_i).where(data.owners[:, None], u_i.dtype.type(self.regularizer_curvature) * u_i, 0)
 
-    def _curvature(self, seed: int, i: int) -> np.ndarray:
-        return stream(seed, "curvature", i).permutation(np.geomspace(1 / self.condition, 1, self.dimension))
-
-    def _centre(self, seed: int, i: int) -> np.ndarray:
-        return self.spread * stream(seed, "centre", i).standard_normal(self.dimension)
-
 
 def optimum(a_i, c_i):
-    """The x that minimises (1/n) Σ f_i without a regularizer, (d,): Σ a_i c_i / Σ a_i. a_i, c_i: (n, d), all workers."""
+    """The x (d,) that minimises (1/n) Σ f_i without a regularizer: Σ a_i c_i / Σ a_i. a_i, c_i: (n, d)."""
     return (a_i * c_i).sum(0) / a_i.sum(0)

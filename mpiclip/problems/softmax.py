@@ -4,18 +4,18 @@ import numpy as np
 
 from ..device import host, xp
 from ..errors import InputError
-from ._linear_model import LinearModel, matrix, scores
+from ._linear_model import LinearModel, scores
 
 
 class Softmax(LinearModel):
-    """f_i(x) = (1/m_i) Σ_r (log Σ_c exp(z_rc) − z_{r, b_r}) + λ r(x), over worker i's m_i rows: the cross entropy of the
-    classes' probabilities exp(z_rc) / Σ_c exp(z_rc), where z_r = x a_r and x is a (C, p) matrix, flattened. The data set's
-    labels are integers; the C different ones, sorted, are the classes."""
+    """f_i(x) = (1/m_i) Σ_r (log Σ_c exp(z_rc) − z_{r, b_r}) + λ r(x), over worker i's m_i rows: the cross entropy of
+    the classes' probabilities exp(z_rc) / Σ_c exp(z_rc), where z_r = x a_r and x is a (C, p) matrix, flattened. The
+    data set's labels are integers; the C different ones, sorted, are the classes."""
 
     def labels(self, shard):
         if shard.classes is None or len(shard.classes) < 2:
-            raise InputError("data.file: the labels are not classes; problem.name = 'softmax' expected integers, from 2 "
-                             "to 1000 different ones (linear takes any numbers)")
+            raise InputError("data.file: the labels are not classes; problem.name = 'softmax' expected integers, "
+                             "from 2 to 1000 different ones (linear takes any numbers)")
         return np.searchsorted(shard.classes, shard.y), len(shard.classes)
 
     def link(self, z, y):
@@ -35,5 +35,5 @@ class Softmax(LinearModel):
 
     def accuracy(self, x, data) -> tuple[int, int]:
         """(rows whose class has the highest score, rows)"""
-        z = scores(matrix(data.a), x.reshape(data.outputs, -1), host(data.offsets))
+        z = scores(data.matrix, x.reshape(data.outputs, -1), host(data.offsets))
         return int(host((z.argmax(1) == data.y).sum())), len(data.y)

@@ -56,7 +56,7 @@ def test_twice_the_same_bytes(ranks, name):
 @pytest.mark.parametrize("name", CASES)
 def test_columns_split_over_the_ranks(ranks, name, monkeypatch):
     """The same, with the server's state sharded: small vectors are otherwise replicated."""
-    monkeypatch.setattr("mpiclip.comm.SMALL", 0)
+    monkeypatch.setattr("mpiclip.server.SMALL", 0)
     constants, expected = CASES[name]
     run = mpiclip.train(config(name, constants, K), ranks)
     np.testing.assert_allclose(run.x, expected()[K], rtol=1e-12, atol=1e-12)

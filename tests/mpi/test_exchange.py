@@ -1,14 +1,17 @@
 """The exchange: means, transposition and joining on any number of ranks, with uneven workers and columns."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import reference
 from mpiclip.aggregation import Aggregation, aggregate
 from mpiclip.attacks import sign_flip
-from mpiclip.comm import Server
+from mpiclip.comm import Comm
 from mpiclip.device import Device
 from mpiclip.errors import InputError
+from mpiclip.server import Server
 
 
 def hosted(ranks, X):
@@ -16,9 +19,9 @@ def hosted(ranks, X):
     return X[np.array_split(np.arange(len(X)), ranks.size)[ranks.rank]].copy()
 
 
-def server(ranks, X, at="sharded", means_only=False):
+def server(ranks, X, at="sharded", means_only=False, board=True):
     here = len(hosted(ranks, X))
-    return Server(ranks, X.shape[1], len(X), here, Device("cpu"), X.dtype, at, means_only)
+    return Server(ranks, X.shape[1], len(X), here, Device("cpu"), X.dtype, at, means_only, board=board)
 
 
 def data(n, d, dtype):
@@ -28,9 +31,10 @@ def data(n, d, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("n, d", [(4, 1), (4, 7), (5, 1001), (11, 50_003)])
 @pytest.mark.parametrize("at, means_only", [("sharded", True), ("sharded", False), ("rank0", True)])
-def test_mean_and_join(ranks, n, d, dtype, at, means_only):
+@pytest.mark.parametrize("board", [True, False])
+def test_mean_and_join(ranks, n, d, dtype, at, means_only, board):
     X = data(n, d, dtype)
-    server_ = server(ranks, X, at, means_only)
+    server_ = server(ranks, X, at, means_only, board)
     mine = hosted(ranks, X)
     part = server_.mean(mine)
     assert part.shape == (server_.own.stop - server_.own.start,)
@@ -42,14 +46,16 @@ def test_mean_and_join(ranks, n, d, dtype, at, means_only):
 
 @pytest.mark.parametrize("at", ["sharded", "rank0"])
 @pytest.mark.parametrize("n, d", [(4, 3), (5, 1001), (7, 20_011)])
-def test_rows_are_all_workers_columns(ranks, at, n, d):
+@pytest.mark.parametrize("board", [True, False])
+def test_rows_are_all_workers_columns(ranks, at, n, d, board):
     X = data(n, d, "float32")
-    server_ = server(ranks, X, at)
+    server_ = server(ranks, X, at, board=board)
     rows = server_.rows(hosted(ranks, X))
     np.testing.assert_array_equal(rows.columns(), X[:, server_.own])
     owned = ranks.all((server_.own.start, server_.own.stop))
     assert sorted(j for start, stop in owned for j in range(start, stop)) == list(range(d))
     np.testing.assert_allclose(rows.norms(), np.linalg.norm(X.astype(np.float64), axis=1), rtol=1e-12)
+    server_.release()
 
 
 def test_norm_of_a_server_vector(ranks):
@@ -61,20 +67,52 @@ def test_norm_of_a_server_vector(ranks):
 
 def test_all_reduce_and_exchange_agree(ranks):
     X = data(6, 999, "float64")
-    small, exchanged = server(ranks, X, means_only=True), server(ranks, X, means_only=False)
+    small, exchanged = (server(ranks, X, means_only=means_only, board=False) for means_only in (True, False))
     assert (small.at, exchanged.at) == ("replicated", "sharded")
     np.testing.assert_allclose(small.mean(hosted(ranks, X)), exchanged.join(exchanged.mean(hosted(ranks, X))),
                                rtol=1e-13, atol=1e-15)
 
 
-def test_bytes_sent(ranks):
+@pytest.mark.parametrize("board", [True, False])
+def test_bytes_sent(ranks, board):
     """An exchange moves what an all-reduce must: about 2 (R−1)/R of the vector a rank."""
     d = 100_000
-    X = data(4, d, "float32")
-    server_ = server(ranks, X)
+    X = data(ranks.size, d, "float32")
+    server_ = server(ranks, X, board=board)
     before = ranks.sent
     server_.join(server_.mean(hosted(ranks, X)))
     assert ranks.sent - before == pytest.approx(2 * (ranks.size - 1) / ranks.size * d * 4, rel=1e-3, abs=1)
+
+
+@pytest.mark.parametrize("at", ["sharded", "rank0"])
+def test_on_the_board_a_mean_has_the_same_bytes_for_any_number_of_ranks(ranks, at):
+    X = data(9, 30_011, "float32")
+    alone = Server(Comm(), 30_011, 9, 9, Device("cpu"), "float32").mean(X)
+    server_ = server(ranks, X, at)
+    assert server_.join(server_.mean(hosted(ranks, X))).tobytes() == alone.tobytes()
+
+
+def test_the_board_may_be_overwritten_as_soon_as_a_mean_is_back(ranks):
+    X = data(8, 200_003, "float64")
+    server_ = server(ranks, X)
+    for k in range(20):
+        server_.mine[:] = hosted(ranks, X) * k
+        part = server_.mean(server_.mine)
+        server_.mine[:] = np.nan
+        whole = server_.join(part)
+        np.testing.assert_allclose(whole, X.mean(0) * k, rtol=1e-12, atol=1e-12)
+
+
+def test_without_shared_memory_vectors_are_sent(ranks, monkeypatch):
+    """No room: MPI takes over. Nothing is left behind."""
+    def full(fd, offset, size):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("os.posix_fallocate", full)
+    X = data(5, 1000, "float64")
+    server_ = server(ranks, X)
+    assert server_._board is None
+    np.testing.assert_allclose(server_.join(server_.mean(hosted(ranks, X))), X.mean(0), rtol=1e-12, atol=1e-15)
+    assert not list(Path("/dev/shm").glob("mpiclip-*"))
 
 
 @pytest.mark.parametrize("at", ["sharded", "rank0"])
