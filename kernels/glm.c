@@ -28,8 +28,8 @@
 #define INLINE static inline __attribute__((always_inline))     /* into its caller's CPU_GENERATIONS */
 
 #if __GNUC__ >= 12 && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-/* With fused multiply-add; without 512-bit vectors, for which many CPUs slow down their clock: most of the time goes into
-   loops over sparse rows, which are not vectorised. */
+/* With fused multiply-add, but without 512-bit vectors, for which many CPUs slow their clock down: most of the time goes
+   into loops over sparse rows, which are not vectorised. */
 #undef CPU_GENERATIONS
 #define CPU_GENERATIONS __attribute__((noinline, target_clones("default", "arch=x86-64-v3")))
 #endif
@@ -155,10 +155,10 @@ int linear_model(const array *values, const array *indices, const array *indptr,
         rows == none ? NULL : rows->data, d, link,
     };
     const size length = sparse && m ? a.indptr[m] / m + 1 : d;
-#define RUN(suffix)                                                                                                      \
-    run_##suffix((call_##suffix){                                                                                        \
-        .a = &a, .offsets = offsets->data, .owned = owned->data, .denominators = denominators->data, .x = x->data,       \
-        .w = w, .x_step = x->ndim == 2 ? d : 0, .features = features, .regularizer = regularizer, .lam = lam,            \
+#define RUN(suffix) \
+    run_##suffix((call_##suffix){ \
+        .a = &a, .offsets = offsets->data, .owned = owned->data, .denominators = denominators->data, .x = x->data, \
+        .w = w, .x_step = x->ndim == 2 ? d : 0, .features = features, .regularizer = regularizer, .lam = lam, \
         .grad = grad->data, .loss = loss == none ? NULL : loss->data }, length)
     return number == FLOAT32 ? RUN(f32) : RUN(f64);
 }
@@ -250,8 +250,8 @@ INLINE void NAME(sparse_margins)(const samples *a, const int64_t *row, size n, c
 #undef TERM
 }
 
-INLINE void NAME(sparse_sum)(const samples *a, const int64_t *row, size n, const REAL *restrict t, REAL *restrict g, int all,
-                             int ones)
+INLINE void NAME(sparse_sum)(const samples *a, const int64_t *row, size n, const REAL *restrict t, REAL *restrict g,
+                             int all, int ones)
 {
 #define ADD(l) g[k[l]] += t_j * (ones ? 1 : v[l])
     const int64_t *indptr = a->indptr;
@@ -325,8 +325,8 @@ INLINE void NAME(dense_sum)(const samples *a, const int64_t *row, size n, const 
 }
 
 /* Sparse loops are compiled four times over, without a test in them. */
-#define BY_KIND(function, ...)                                                                                           \
-    (a->rows ? a->values ? function(__VA_ARGS__, 0, 0) : function(__VA_ARGS__, 0, 1)                                     \
+#define BY_KIND(function, ...) \
+    (a->rows ? a->values ? function(__VA_ARGS__, 0, 0) : function(__VA_ARGS__, 0, 1) \
              : a->values ? function(__VA_ARGS__, 1, 0) : function(__VA_ARGS__, 1, 1))
 
 /* g = Σ scale ℓ'(a_rᵀ x, b_r) a_r over the places first … last − 1 in the list of rows; returns Σ ℓ, if wanted. */
@@ -370,7 +370,8 @@ CPU_GENERATIONS static void NAME(add)(REAL *restrict g, const REAL *restrict sum
 }
 
 /* g += λ r'(x); returns λ r(x). */
-CPU_GENERATIONS static double NAME(regularize)(int regularizer, double lam, const REAL *restrict x, size n, REAL *restrict g)
+CPU_GENERATIONS static double NAME(regularize)(int regularizer, double lam, const REAL *restrict x, size n,
+                                               REAL *restrict g)
 {
     const REAL factor = lam;
     double sum = 0;
@@ -392,12 +393,13 @@ CPU_GENERATIONS static double NAME(regularize)(int regularizer, double lam, cons
     return lam * sum;
 }
 
-/* One call, and its plan: worker i's parts are first[i] … first[i+1] − 1, and part q is of[q]'s. A worker's first part is
-   summed in its row of grad, the others in sums. */
+/* One call, and its plan: worker i's parts are first[i] … first[i+1] − 1, and part q is of[q]'s. A worker's first part
+   is summed in its row of grad, the others in sums. */
 typedef struct {
     const samples *a;
-    const int64_t *offsets, *owned;     /* worker i has the places offsets[i] … offsets[i+1] − 1 of the rows; it has a */
-    const double *denominators;         /* regularizer if it owns rows of the data at all: owned[i] < owned[i+1] */
+    const int64_t *offsets;             /* worker i has the places offsets[i] … offsets[i+1] − 1 of the rows */
+    const int64_t *owned;               /* it has a regularizer if it owns rows of the data: owned[i] < owned[i+1] */
+    const double *denominators;
     const REAL *x;                      /* worker i's point is x + i x_step */
     size w, x_step, features;           /* so many coordinates, the first ones, are regularised */
     int regularizer;

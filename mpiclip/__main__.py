@@ -7,8 +7,10 @@ import os
 import sys
 from pathlib import Path
 
-from .errors import InputError
-from .version import __version__
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")     # to look for them takes longer than to check a config
+
+from .errors import InputError  # noqa: E402
+from .version import __version__  # noqa: E402
 
 DONE, BAD_INPUT, AGAIN = 0, 2, 75       # 75: EX_TEMPFAIL, stopped by a signal after a checkpoint: run me again
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import importlib
 import os
@@ -15,9 +16,11 @@ import numpy as np
 from .errors import InputError
 
 
+@functools.cache
 def cupy() -> ModuleType | None:
     """CuPy where it is installed and sees a device, else None."""
     try:
+        ctypes.CDLL("libcuda.so.1" if os.name == "posix" else "nvcuda.dll")     # no driver: spare CuPy's long import
         module = importlib.import_module("cupy")
         return module if module.cuda.is_available() else None
     except Exception:           # not installed, or installed against a driver that is not there

@@ -239,7 +239,8 @@ def test_one_point_for_all_is_the_same_as_a_copy_for_each(way, name, sparse):
 def test_logistic_to_the_last_bits(way, dtype):
     """One row a worker with a = 1: x_i is the margin; gradient and loss against NumPy's long double."""
     margins = np.concatenate([rng().uniform(-40, 40, 4000), rng().standard_normal(4000),
-                              [0.0, 1e-30, -1e-9, 86.9, 700, -700, 1e4, -1e4]]).astype(dtype)
+                              [0.0, 1e-30, -1e-9, -700, -1e4, 80, 86.9, 88, 100, 150],
+                              [700, 710, 1000, 1400, 1e4]]).astype(dtype)
     w = len(margins)
     problem = problems.Logistic()
     data = prepared(problem, shard(np.ones((w, 1)), np.ones(w), [1] * w, classes=np.array([0, 1])), dtype)

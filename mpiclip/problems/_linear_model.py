@@ -1,5 +1,5 @@
-"""What linear, logistic and softmax regression have in common: f_i is a mean over rows of a function of scores, which are
-linear in x. All of a rank's workers at once."""
+"""What linear, logistic and softmax regression have in common: f_i is a mean over rows of a function of scores, and
+scores are linear in x. All of a rank's workers at once."""
 
 from __future__ import annotations
 
@@ -29,14 +29,19 @@ class Rows:
     ones: bool                  # CSR in which every value is 1
 
     @cached_property
+    def bounds(self) -> np.ndarray:
+        """offsets on the host, fetched once"""
+        return host(self.offsets)
+
+    @cached_property
     def denominators(self) -> np.ndarray:
         """(w,) float64: each worker's number of rows, or 1."""
-        return np.maximum(np.diff(host(self.offsets)), 1).astype(np.float64)
+        return np.maximum(np.diff(self.bounds), 1).astype(np.float64)
 
     @cached_property
     def matrix(self):
         """a as `scores` and `combine` want it."""
-        return matrix(self.a, host(self.offsets))
+        return matrix(self.a, self.bounds)
 
 
 class LinearModel(Problem):
@@ -78,7 +83,7 @@ class LinearModel(Problem):
         return linear_model(x, data, self, batch, out, loss)
 
     def smoothness_product(self, u_i, data):
-        offsets, product = host(data.offsets), xp(u_i).empty_like(u_i)
+        offsets, product = data.bounds, xp(u_i).empty_like(u_i)
         u, h = (v.reshape(len(u_i), data.outputs, -1) for v in (u_i, product))
         z = scores(data.matrix, u, offsets)
         combine(data.matrix, self.curvature(z) / per_row(data.denominators, offsets, z), offsets, h)
@@ -90,10 +95,10 @@ class LinearModel(Problem):
 @accelerated
 def linear_model(x, data: Rows, problem: LinearModel, batch=None, out=None, loss: bool = True):
     """LinearModel.loss_grad."""
-    owners = np.diff(host(data.offsets)) > 0
+    owners = np.diff(data.bounds) > 0
     a, y = data.matrix, data.y
     if batch is None:
-        offsets, denominators = host(data.offsets), data.denominators
+        offsets, denominators = data.bounds, data.denominators
     else:
         rows = xp(x).asarray(batch[0])
         a, y, offsets, denominators = a[rows], y[rows], host(batch[1]), host(batch[2])
@@ -110,8 +115,8 @@ def linear_model(x, data: Rows, problem: LinearModel, batch=None, out=None, loss
     return losses, grad
 
 
-# Linear algebra on rows, worker after worker as in offsets (w+1,). a: (m, q) dense; or sparse, (m, w q), where the columns
-# of worker i's rows are i q … i q + q − 1, so that products with it, and with its transpose, keep the workers apart.
+# Linear algebra on rows, worker after worker as in offsets (w+1,). a: (m, q) dense; or sparse, (m, w q), where worker
+# i's rows have the columns i q … i q + q − 1: products with it, and with its transpose, keep the workers apart.
 
 def matrix(a, offsets):
     """a (m, q), dense or data.Csr, as the functions below want it; a sparse one becomes a matrix of SciPy or CuPy."""

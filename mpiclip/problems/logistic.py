@@ -32,5 +32,5 @@ class Logistic(LinearModel):
 
     def accuracy(self, x, data) -> tuple[int, int]:
         """(rows on the right side of a_rᵀ x = 0, rows). A row on it counts as the lower class."""
-        z = scores(data.matrix, x[None], host(data.offsets))[:, 0]
+        z = scores(data.matrix, x[None], data.bounds)[:, 0]
         return int(host(((z > 0) == (data.y > 0)).sum())), len(data.y)

@@ -35,5 +35,5 @@ class Softmax(LinearModel):
 
     def accuracy(self, x, data) -> tuple[int, int]:
         """(rows whose class has the highest score, rows)"""
-        z = scores(data.matrix, x.reshape(data.outputs, -1), host(data.offsets))
+        z = scores(data.matrix, x.reshape(data.outputs, -1), data.bounds)
         return int(host((z.argmax(1) == data.y).sum())), len(data.y)
