@@ -1,5 +1,5 @@
-"""How many rounds of Clip21 a second on a9a with 20 workers, full batch, against a plain Python loop over the workers that
-calls scipy.sparse products? One process, then two ranks; one thread each.
+"""How many rounds of Clip21 a second on a9a with 20 workers, full batch, against a plain Python loop over the workers
+that calls scipy.sparse products? One process, then two ranks; one thread each.
 
     python benchmarks/clip21_a9a.py a9a.h5                       # mpiclip against the loop, in turn
     mpirun -n 2 python benchmarks/clip21_a9a.py a9a.h5           # the same rounds on two ranks"""

@@ -88,7 +88,7 @@ def limit_update(a, b) -> None:
 
 # mpiclip.problems._linear_model: kernels/glm.c
 
-_linear_model = kernel("linear_model", "aaaaaaaaaaaiirn")
+_linear_model = kernel("linear_model", "aaaaaaaaaaaaaaaiirn")
 _LINKS = {"linear": 0, "logistic": 1}
 _REGULARIZERS = {"none": 0, "l2": 1, "nonconvex": 2}
 
@@ -100,8 +100,10 @@ def linear_model(x, data, problem, batch=None, out=None, loss=True):
     a, sparse = data.a, hasattr(data.a, "indptr")
     values, indices, indptr = (None if data.ones else a.data, a.indices, a.indptr) if sparse else (a, None, None)
     rows, offsets, denominators = batch or (None, data.offsets, data.denominators)
+    by_column = None if batch else data.by_column
     grad = np.empty((len(data.offsets) - 1, x.shape[-1]), x.dtype) if out is None else out
     losses = np.empty(len(grad)) if loss else None
-    failed = _linear_model(values, indices, indptr, data.y, rows, offsets, denominators, data.offsets, x, grad, losses,
-                           link, _REGULARIZERS[problem.regularizer], problem.lam, data.features)
+    failed = _linear_model(values, indices, indptr, *(by_column or (None,) * 4), data.y, rows, offsets, denominators,
+                           data.offsets, x, grad, losses, link, _REGULARIZERS[problem.regularizer], problem.lam,
+                           data.features)
     return NotImplemented if failed else (losses, grad)

@@ -11,6 +11,10 @@
 
    NumPy definition: mpiclip.problems._linear_model.linear_model.
 
+   Sparse rows are read twice: for z, and for the sum. Over all rows both go column by column, where a copy of the rows
+   sorted so is at hand: no addition waits for the store of the one before it, as it does when two rows have the same
+   column, and columns are long where rows are short. A batch goes row by row.
+
    A worker's rows are cut into parts by a rule that looks at this worker alone. Threads share out the parts, each part
    has its own sum, and the sums are added in the order of the rows: the bytes do not depend on the threads. */
 
@@ -40,6 +44,7 @@ enum {
     BLOCK = 256,                        /* most rows from whose margins ℓ' is computed in one vectorised loop */
     CACHED = 1 << 18,                   /* bytes of dense rows that a block may have: they are read twice */
     MOST_PARTS = 64,                    /* of a worker */
+    PART = 4096,                        /* rows of a part that goes by columns, as in problems/_linear_model.py */
     DECLINED = 1,
 };
 enum { INT32 = 5, INT64 = sizeof(long) == 8 ? 7 : 9 };      /* NPY_INT; NPY_LONG or NPY_LONGLONG */
@@ -48,6 +53,10 @@ typedef struct {
     const void *values;                 /* dense (m, d), or those of CSR; NULL: CSR, and all are one */
     const int32_t *indices;             /* CSR */
     const int64_t *indptr;              /* CSR; NULL: dense */
+    const uint16_t *column_rows;        /* the same by columns (Rows.by_column); NULL: there is no such copy */
+    const void *column_values;          /* NULL: all are one */
+    const int64_t *column_starts;
+    const uint8_t *column_absent;       /* whether the column's list is of the rows that do not have it */
     const void *labels;                 /* (m,) */
     const int64_t *rows;                /* a batch's rows, worker after worker; NULL: all rows */
     size d;
@@ -55,9 +64,11 @@ typedef struct {
 } samples;
 
 /* How many parts `count` rows of about `length` numbers make: a part's sum of d numbers is cheap beside its rows. */
-static size parts_of(size count, size length, size d)
+static size parts_of(const samples *a, size count, size length)
 {
-    size rows = 16 * d / length > BLOCK ? 16 * d / length : BLOCK, parts = (count + rows - 1) / rows;
+    if (a->column_rows)
+        return count > PART ? (count + PART - 1) / PART : 1;
+    size d = a->d, rows = 16 * d / length > BLOCK ? 16 * d / length : BLOCK, parts = (count + rows - 1) / rows;
     return parts < 1 ? 1 : smaller(parts, MOST_PARTS);
 }
 
@@ -125,10 +136,12 @@ static int are_rows(const array *rows, size m)
 }
 
 /* values: dense (m, d), or those of CSR, or None for a CSR of ones; indices, indptr: None if dense. A CSR is what
-   mpiclip.data has checked. rows: None, or a batch's. loss: an array to fill, or None. */
-int linear_model(const array *values, const array *indices, const array *indptr, const array *labels, const array *rows,
-                 const array *offsets, const array *denominators, const array *owned, const array *x, const array *grad,
-                 const array *loss, int link, int regularizer, double lam, size features)
+   mpiclip.data has checked, and the four named column_… are Rows.by_column of it. rows: None, or a batch's. loss: an array to fill, or None. */
+int linear_model(const array *values, const array *indices, const array *indptr, const array *column_rows,
+                 const array *column_values, const array *column_starts, const array *column_absent,
+                 const array *labels, const array *rows, const array *offsets, const array *denominators,
+                 const array *owned, const array *x, const array *grad, const array *loss, int link, int regularizer,
+                 double lam, size features)
 {
     if (!is_float(x, READABLE) || x->ndim < 1 || x->ndim > 2 || !is_float(grad, WRITABLE) || grad->ndim != 2
         || !is_float(labels, READABLE) || labels->ndim != 1)
@@ -151,8 +164,10 @@ int linear_model(const array *values, const array *indices, const array *indptr,
         return DECLINED;
 
     const samples a = {
-        values == none ? NULL : values->data, sparse ? indices->data : NULL, sparse ? indptr->data : NULL, labels->data,
-        rows == none ? NULL : rows->data, d, link,
+        values == none ? NULL : values->data, sparse ? indices->data : NULL, sparse ? indptr->data : NULL,
+        column_rows == none ? NULL : column_rows->data, column_values == none ? NULL : column_values->data,
+        column_rows == none ? NULL : column_starts->data, column_rows == none ? NULL : column_absent->data,
+        labels->data, rows == none ? NULL : rows->data, d, link,
     };
     const size length = sparse && m ? a.indptr[m] / m + 1 : d;
 #define RUN(suffix) \
@@ -363,6 +378,57 @@ CPU_GENERATIONS static double NAME(part)(const samples *a, size first, size last
     return sum;
 }
 
+/* The same for all rows of part q, of which there are n, by columns. labels: of these rows. */
+CPU_GENERATIONS static double NAME(part_by_columns)(const samples *a, size q, const REAL *labels, size n, const REAL *x,
+                                                    REAL scale, REAL *g, int loss)
+{
+    const int64_t *start = a->column_starts + q * a->d;
+    const uint16_t *row = a->column_rows;
+    const REAL *values = a->column_values;
+    const uint8_t *absent = a->column_absent + q * a->d;
+    REAL z[PART], most = 0, total = 0;      /* most: z of a row that has all columns that are lists of absent rows */
+    double sum = 0;
+    for (size j = 0; j < a->d; j++)
+        most += absent[j] ? x[j] : 0;
+    for (size r = 0; r < n; r++)
+        z[r] = most;
+    for (size j = 0; j < a->d; j++) {
+        const REAL x_j = absent[j] ? -x[j] : x[j];
+        const int64_t end = start[j + 1];
+        if (values) {
+#pragma GCC unroll 8
+            for (int64_t k = start[j]; k < end; k++)
+                z[row[k]] += x_j * values[k];
+        } else {
+#pragma GCC unroll 8
+            for (int64_t k = start[j]; k < end; k++)
+                z[row[k]] += x_j;
+        }
+    }
+    for (size first = 0; first < n; first += BLOCK) {
+        size count = smaller(BLOCK, n - first);
+        sum += a->link == LOGISTIC ? NAME(logistic)(z + first, labels + first, count, scale, loss)
+                                   : NAME(linear)(z + first, labels + first, count, scale, loss);
+    }
+#pragma omp simd reduction(+ : total)
+    for (size r = 0; r < n; r++)
+        total += z[r];
+#define TERM(l) ((values ? values[k + l] : 1) * z[row[k + l]])
+    for (size j = 0; j < a->d; j++) {
+        REAL s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        int64_t k = start[j];
+        for (; k + 4 <= start[j + 1]; k += 4)
+            s0 += TERM(0), s1 += TERM(1), s2 += TERM(2), s3 += TERM(3);
+        for (; k < start[j + 1]; k++)
+            s0 += TERM(0);
+        g[j] = (s0 + s1) + (s2 + s3);
+        if (absent[j])
+            g[j] = total - g[j];
+    }
+#undef TERM
+    return sum;
+}
+
 CPU_GENERATIONS static void NAME(add)(REAL *restrict g, const REAL *restrict sum, size d)
 {
     for (size k = 0; k < d; k++)
@@ -415,8 +481,12 @@ static void NAME(add_up)(const NAME(call) *c, size q)
 {
     size i = c->of[q], k = q - c->first[i], parts = c->first[i + 1] - c->first[i];
     size begin = c->offsets[i], count = c->offsets[i + 1] - begin, d = c->a->d;
-    c->losses[q] = NAME(part)(c->a, begin + count * k / parts, begin + count * (k + 1) / parts, c->x + i * c->x_step,
-                              1 / c->denominators[i], k ? c->sums + (q - i - 1) * d : c->grad + i * d, c->loss != NULL);
+    size first = begin + count * k / parts, last = begin + count * (k + 1) / parts;
+    const REAL *x = c->x + i * c->x_step, scale = 1 / c->denominators[i];
+    REAL *g = k ? c->sums + (q - i - 1) * d : c->grad + i * d;
+    c->losses[q] = c->a->column_rows
+        ? NAME(part_by_columns)(c->a, q, (const REAL *)c->a->labels + first, last - first, x, scale, g, c->loss != NULL)
+        : NAME(part)(c->a, first, last, x, scale, g, c->loss != NULL);
 }
 
 static void NAME(finish)(const NAME(call) *c, size i)
@@ -445,7 +515,7 @@ static int NAME(run)(NAME(call) c, size length)
         return DECLINED;
     for (size i = 0; i < w; i++) {
         c.first[i] = parts;
-        parts += parts_of(c.offsets[i + 1] - c.offsets[i], length, d);
+        parts += parts_of(c.a, c.offsets[i + 1] - c.offsets[i], length);
     }
     c.first[w] = parts;
     c.of = malloc(parts * sizeof *c.of + 1);

@@ -9,8 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")     # to look for them takes longer than to check a config
 
-from .errors import InputError  # noqa: E402
-from .version import __version__  # noqa: E402
+from .errors import InputError
+from .version import __version__
 
 DONE, BAD_INPUT, AGAIN = 0, 2, 75       # 75: EX_TEMPFAIL, stopped by a signal after a checkpoint: run me again
 

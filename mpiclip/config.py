@@ -159,6 +159,8 @@ def _check_together(config: Config, where: str) -> None:
                 raise InputError(f"{where}: data.{key}: the split '{data.split}' {verb} it")
     if run.batch != "full" and run.batch < 1:
         raise InputError(f"{where}: run.batch = {run.batch}: expected \"full\", or at least 1 row per worker")
+    if run.batch != "full" and config.problem.name == "quadratic":
+        raise InputError(f"{where}: run.batch = {run.batch}: 'quadratic' has no rows to draw from; expected \"full\"")
     if agg.attack is not None:
         name = agg.attack.get("name")
         if name not in attacks.ATTACKS:

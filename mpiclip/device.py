@@ -52,15 +52,15 @@ def accelerated(definition):
     mpiclip.kernels.cpu (NumPy arrays) or mpiclip.kernels.cuda (CuPy arrays), unless there is none or it declines by
     returning NotImplemented (a dtype or a memory layout that it does not know). `.definition` is the body."""
 
+    @functools.cache
+    def twin(processor: str):
+        return getattr(_kernels(processor), definition.__name__, None)
+
     @functools.wraps(definition)
     def call(array, *args, **kwargs):
-        module = _kernels("cpu" if xp(array) is np else "cuda")
-        twin = getattr(module, definition.__name__, None)
-        if twin is not None:
-            result = twin(array, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return definition(array, *args, **kwargs)
+        compiled = twin("cpu" if type(array) is np.ndarray or xp(array) is np else "cuda")
+        result = NotImplemented if compiled is None else compiled(array, *args, **kwargs)
+        return definition(array, *args, **kwargs) if result is NotImplemented else result
 
     call.definition = definition        # type: ignore[attr-defined]
     return call

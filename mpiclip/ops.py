@@ -91,7 +91,8 @@ def apply(x, v, mean, gamma) -> None:
 def row_sum(u, scale=1.0, out=None):
     """scale · Σ_i u_i, added up in u's dtype and in the order i = 0, 1, …: the same bytes on every machine.
 
-    u: (w, d), also columns of a larger array. scale: a number, rounded to u's dtype. out: (d,), dtype of u; None allocates. Returns out.
+    u: (w, d), also columns of a larger array. scale: a number, rounded to u's dtype. out: (d,), dtype of u; None
+    allocates. Returns out.
     Raises ValueError where shapes or dtypes do not fit."""
     check(u)
     if u.ndim != 2:

@@ -125,7 +125,8 @@ class Training:
             shard, tested, self.fingerprint = self._read(honest, ids)
             problem = config.problem
             inputs = problem.prepare(shard, ids, honest, run.seed, run.dtype)
-            self.test = None if tested is None else problem.prepare(tested, tested.ids, tested.n, run.seed, run.dtype)
+            self.test = None if tested is None else self.device.put_all(
+                problem.prepare(tested, tested.ids, tested.n, run.seed, run.dtype))
         x = problem.x0(inputs, run.seed, run.dtype)
         self.server = Server(comm, len(x), n, len(ids), self.device, run.dtype, agg.at,
                              means_only=not agg.rules and not agg.attack, gpu_aware=run.gpu_aware_mpi)
@@ -333,7 +334,7 @@ class Training:
     @property
     def _accuracy_of(self):
         """What accuracy is measured on: test rows, else training rows; None if the problem has no classes."""
-        if not hasattr(self.config.problem, "accuracy"):
+        if not self.config.problem.classifier:
             return None
         return self.test if self.test is not None else self.workers.data
 

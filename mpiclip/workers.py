@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -53,7 +54,7 @@ class Workers:
             self._gradients(x, self._draw())
         self._known = None
         self._step += 1
-        bad = not self.tolerant and not np.isfinite(host(ops.norms(self._g_i))).all()
+        bad = not self.tolerant and not isfinite(ops.norms(self._g_i).sum())
         if self._step > 1:
             self._failed |= bad
         else:

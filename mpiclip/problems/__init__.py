@@ -43,6 +43,7 @@ class Problem(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
+    classifier: ClassVar[bool] = False
     regularizer: Literal["none", "l2", "nonconvex"] = "none"
     lam: NotNegative = 0.0
     start: Finite = 0.0
@@ -62,6 +63,10 @@ class Problem(BaseModel):
 
     def loss_grad(self, x, data: Any, batch=None, out=None, loss: bool = True) -> tuple[Any, Any]:
         """(f_i(x) (w,) float64, or None unless `loss`; ∇f_i(x) (w, d))"""
+        raise NotImplementedError
+
+    def accuracy(self, x, data: Any) -> tuple[int, int]:
+        """(rows that x (d,) classifies correctly, rows), if this is a `classifier`"""
         raise NotImplementedError
 
     def regularize(self, x, grad, loss, owners) -> None:

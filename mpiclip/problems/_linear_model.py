@@ -3,6 +3,7 @@ scores are linear in x. All of a rank's workers at once."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import numpy as np
 from ..device import accelerated, host, xp
 from ..errors import InputError
 from . import Problem
+
+PART = 4096         # as in kernels/glm.c: rows whose margins stay in the first-level cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,51 @@ class Rows:
     def denominators(self) -> np.ndarray:
         """(w,) float64: each worker's number of rows, or 1."""
         return np.maximum(np.diff(self.bounds), 1).astype(np.float64)
+
+    @cached_property
+    def by_column(self) -> tuple[Any, ...] | None:
+        """The sparse rows once more, for the C kernel: cut into parts of at most PART rows of one worker, evenly, and
+        each part sorted by column. Where all values are 1, a column that more than half of the rows have is the list of
+        those that do not. (row within the part (entries,) uint16; values (entries,), None: all are 1; where column j of
+        part k starts, at k q + j, (parts·q + 1,) int64; which columns are such lists, (parts·q,) bool). None for dense
+        rows, and where columns are too empty to be worth it."""
+        if not is_sparse(self.a):
+            return None
+        q, starts = self.a.shape[1], [0]
+        for begin, end in pairwise(self.bounds.tolist()):
+            parts = max(1, -(-(end - begin) // PART))
+            starts += [begin + (end - begin) * (k + 1) // parts for k in range(parts)]
+        if len(self.a.indices) < 4 * q * (len(starts) - 1):
+            return None
+        sorted_parts = [self._sorted_by_column(first, last) for first, last in pairwise(starts)]
+        rows, values, counts, absent = map(np.concatenate, zip(*sorted_parts, strict=True))
+        return rows, None if self.ones else values, np.concatenate([[0], np.cumsum(counts)]), absent
+
+    def _sorted_by_column(self, first: int, last: int) -> tuple[np.ndarray, ...]:
+        """(row, value, entries of each column, whether these are the absent ones) of the rows first … last − 1."""
+        q, n, indptr = self.a.shape[1], last - first, self.a.indptr[first:last + 1]
+        column, value = (v[indptr[0]:indptr[-1]] for v in (self.a.indices, self.a.data))
+        row = np.repeat(np.arange(n, dtype=np.uint16), np.diff(indptr))
+        count = np.bincount(column, minlength=q)
+        absent = count > n // 2 if self.ones else np.zeros(q, bool)
+        if absent.any():
+            number = np.cumsum(absent) - 1
+            present, often = np.zeros((number[-1] + 1, n), bool), absent[column]
+            present[number[column[often]], row[often]] = True
+            missing, missing_row = np.nonzero(~present)
+            column = np.concatenate([column[~often], np.flatnonzero(absent)[missing]])
+            row = np.concatenate([row[~often], missing_row.astype(np.uint16)])
+            value = np.ones(len(row), value.dtype)
+            count = np.bincount(column, minlength=q)
+        order = np.argsort(column, kind="stable")
+        return row[order], value[order], count.astype(np.int64), absent
+
+    @cached_property
+    def unlabelled(self) -> Rows:
+        """The same rows with the labels 0."""
+        rows = copy.copy(self)
+        object.__setattr__(rows, "y", xp(self.y).zeros_like(self.y))
+        return rows
 
     @cached_property
     def matrix(self):
@@ -83,12 +131,19 @@ class LinearModel(Problem):
         return linear_model(x, data, self, batch, out, loss)
 
     def smoothness_product(self, u_i, data):
-        offsets, product = data.bounds, xp(u_i).empty_like(u_i)
-        u, h = (v.reshape(len(u_i), data.outputs, -1) for v in (u_i, product))
-        z = scores(data.matrix, u, offsets)
-        combine(data.matrix, self.curvature(z) / per_row(data.denominators, offsets, z), offsets, h)
-        curvature = self.regularizer_curvature * (np.diff(offsets) > 0)
-        h[..., :data.features] += xp(u).asarray(curvature, u.dtype)[:, None, None] * u[..., :data.features]
+        if data.outputs == 1:       # c Aᵀ A u / m is c times a gradient of least squares: at u, with the labels 0
+            from .linear import Linear
+            _, product = linear_model(u_i, data.unlabelled, Linear(), loss=False)
+            product *= self.curvature(1)
+        else:
+            product = xp(u_i).empty_like(u_i)
+            u, h = (v.reshape(len(u_i), data.outputs, -1) for v in (u_i, product))
+            z = scores(data.matrix, u, data.bounds)
+            combine(data.matrix, self.curvature(z) / per_row(data.denominators, data.bounds, z), data.bounds, h)
+        h = product.reshape(len(u_i), data.outputs, -1)[..., :data.features]
+        u = u_i.reshape(len(u_i), data.outputs, -1)[..., :data.features]
+        curvature = self.regularizer_curvature * (np.diff(data.bounds) > 0)
+        h += xp(u).asarray(curvature, u.dtype)[:, None, None] * u
         return product
 
 
@@ -140,6 +195,16 @@ def scores(a, x, offsets):
     for workers, rows, shape in blocks(offsets):
         z[rows] = (a[rows].reshape(*shape, q) @ x[workers].transpose(0, 2, 1)).reshape(-1, C)
     return z
+
+
+def decisions(a, x):
+    """a_rᵀ x of all rows of a, dense or data.Csr, (m,). Without SciPy, whose import takes longer than a short run."""
+    if not is_sparse(a):
+        return a @ x
+    if xp(x) is not np:
+        return matrix(a, np.array([0, a.shape[0]])) @ x
+    products = np.append(a.data * x[a.indices], 0)              # the last rows may be empty
+    return np.where(np.diff(a.indptr), np.add.reduceat(products, a.indptr[:-1]), 0)
 
 
 def combine(a, t, offsets, out) -> None:

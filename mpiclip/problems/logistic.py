@@ -4,12 +4,14 @@ import numpy as np
 
 from ..device import host, xp
 from ..errors import InputError
-from ._linear_model import LinearModel, scores
+from ._linear_model import LinearModel, decisions
 
 
 class Logistic(LinearModel):
     """f_i(x) = (1/m_i) Σ_r log(1 + exp(−b_r a_rᵀ x)) + λ r(x), over worker i's m_i rows. The data set has two labels,
     any integers: the lower one is b = −1, the higher one b = +1."""
+
+    classifier = True
 
     def labels(self, shard):
         classes = shard.classes
@@ -32,5 +34,5 @@ class Logistic(LinearModel):
 
     def accuracy(self, x, data) -> tuple[int, int]:
         """(rows on the right side of a_rᵀ x = 0, rows). A row on it counts as the lower class."""
-        z = scores(data.matrix, x[None], data.bounds)[:, 0]
+        z = decisions(data.a, x)
         return int(host(((z > 0) == (data.y > 0)).sum())), len(data.y)

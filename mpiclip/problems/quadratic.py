@@ -53,17 +53,24 @@ class Quadratic(Problem):
         if len(given) != 1:
             found = " and ".join(given) or "nothing"
             raise InputError(f"problem: 'quadratic' found {found}; expected one of {', '.join(sources)}")
-        if self.curvature is not None:
+        if shard is not None:
+            return self._means(shard, dtype)
+        ids = np.asarray(ids)
+        owners = ids < n                    # a worker beyond the n has no f_i: it only attacks
+        if self.curvature is not None and self.centre is not None:
             if len(self.curvature) != n:
                 raise InputError(f"problem.curvature: {len(self.curvature)} rows; expected one for each of {n} workers")
-            a_i, c_i = np.array(self.curvature, dtype)[ids], np.array(self.centre, dtype)[ids]
-        elif self.dimension is not None:
-            d, curvature = self.dimension, np.geomspace(1 / self.condition, 1, self.dimension)
-            a_i = np.array([stream(seed, "curvature", i).permutation(curvature) for i in ids], dtype)
-            c_i = np.array([self.spread * stream(seed, "centre", i).standard_normal(d) for i in ids], dtype)
+            d = len(self.centre[0])
+            drawn = [(np.array(self.curvature[i]), np.array(self.centre[i])) for i in ids[owners]]
         else:
-            return self._means(shard, dtype)
-        return Curves(a_i, c_i, np.ones(len(ids), bool))
+            d = self.dimension or 0
+            curvature = np.geomspace(1 / self.condition, 1, d)
+            drawn = [(stream(seed, "curvature", i).permutation(curvature),
+                      self.spread * stream(seed, "centre", i).standard_normal(d)) for i in ids[owners]]
+        a_i, c_i = np.zeros((2, len(ids), d), dtype)
+        for place, pair in zip(np.flatnonzero(owners), drawn, strict=True):
+            a_i[place], c_i[place] = pair
+        return Curves(a_i, c_i, owners)
 
     def _means(self, shard, dtype) -> Curves:
         offsets, counts = shard.offsets, np.diff(shard.offsets)

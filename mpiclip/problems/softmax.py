@@ -12,6 +12,8 @@ class Softmax(LinearModel):
     the classes' probabilities exp(z_rc) / Σ_c exp(z_rc), where z_r = x a_r and x is a (C, p) matrix, flattened. The
     data set's labels are integers; the C different ones, sorted, are the classes."""
 
+    classifier = True
+
     def labels(self, shard):
         if shard.classes is None or len(shard.classes) < 2:
             raise InputError("data.file: the labels are not classes; problem.name = 'softmax' expected integers, "
