@@ -1,21 +1,22 @@
 """How many rounds of Clip21 a second on a9a with 20 workers, full batch, against a plain Python loop over the workers
-that calls scipy.sparse products? One process, then two ranks; one thread each.
+that calls scipy.sparse products? And how many more on several ranks than on one? In turn, medians of ratios.
 
-    python benchmarks/clip21_a9a.py a9a.h5                       # mpiclip against the loop, in turn
-    mpirun -n 2 python benchmarks/clip21_a9a.py a9a.h5           # the same rounds on two ranks"""
+    mpirun -n 2 python benchmarks/clip21_a9a.py a9a.h5 [THREADS]"""
 
 import json
 import sys
+from functools import partial
 from statistics import median
 from time import perf_counter
 
 import numpy as np
 
 from mpiclip import config
-from mpiclip.comm import world
+from mpiclip.comm import Comm, world
 from mpiclip.data import read_train
 from mpiclip.train import Training
 
+THREADS = int(sys.argv[2]) if len(sys.argv) > 2 else 1          # of each rank
 N, TAU, STEPSIZE, LAM, ROUNDS = 20, 0.1, 0.5, 0.1, 200
 
 
@@ -50,7 +51,7 @@ def ours(file: str, dtype: str, comm):
         "data": {"file": file, "split": "contiguous"},
         "problem": {"name": "logistic", "regularizer": "nonconvex", "lam": LAM},
         "method": {"name": "clip21", "tau": TAU, "stepsize": STEPSIZE},
-        "run": {"workers": N, "rounds": 0, "dtype": dtype, "threads": 1}}), comm, None)
+        "run": {"workers": N, "rounds": 0, "dtype": dtype, "threads": THREADS}}), comm, None)
 
     def rounds():
         for _ in range(ROUNDS):
@@ -60,29 +61,46 @@ def ours(file: str, dtype: str, comm):
     return rounds
 
 
+def last_of(rounds):
+    """The next ROUNDS rounds of the loop; the last x."""
+    for _ in range(ROUNDS):
+        x = next(rounds)
+    return x
+
+
+def timed(call) -> tuple[float, np.ndarray]:
+    """Milliseconds a round, and the model."""
+    start = perf_counter()
+    x = call()
+    return 1e3 * (perf_counter() - start) / ROUNDS, x.copy()
+
+
 def main():
-    comm, results = world(), []
+    comm = world()
     for dtype in ("float64", "float32"):
-        rounds, loop = ours(sys.argv[1], dtype, comm), the_loop(sys.argv[1], dtype)
-        times: dict[str, list[float]] = {"mpiclip": [], "loop": []}
-        for _ in range(7):
+        together = ours(sys.argv[1], dtype, comm)
+        if comm.rank == 0:                      # the other ranks wait meanwhile
+            alone, loop = ours(sys.argv[1], dtype, Comm()), partial(last_of, the_loop(sys.argv[1], dtype))
+        times: dict[str, list[float]] = {"loop": [], "one rank": [], f"{comm.size} ranks": []}
+        for _ in range(9):
             comm.barrier()
-            start = perf_counter()
-            x = rounds()
-            times["mpiclip"].append((perf_counter() - start) / ROUNDS)
-            if comm.size == 1:
-                start = perf_counter()
-                for _ in range(ROUNDS):
-                    reference = next(loop)
-                times["loop"].append((perf_counter() - start) / ROUNDS)
+            if comm.rank == 0:
+                spent, reference = timed(loop)
+                times["loop"].append(spent)
+                spent, x = timed(alone)
+                times["one rank"].append(spent)
                 np.testing.assert_allclose(x, reference, rtol=1e-8 if dtype == "float64" else 1e-3, atol=1e-6)
-        line = {"dtype": dtype, "ranks": comm.size, "mpiclip_ms": 1e3 * median(times["mpiclip"])}
-        if comm.size == 1:
-            line |= {"loop_ms": 1e3 * median(times["loop"]),
-                     "ratio": median(b / a for a, b in zip(times["mpiclip"], times["loop"], strict=True))}
-        results.append(line)
-    if comm.rank == 0:
-        print("\n".join(map(json.dumps, results)))
+            comm.barrier()
+            spent, x = timed(together)
+            times[f"{comm.size} ranks"].append(spent)
+        if comm.rank == 0:
+            one = times["one rank"]
+            print(json.dumps({
+                "dtype": dtype, "threads": THREADS,
+                "ms": {name: round(median(spent), 3) for name, spent in times.items()},
+                "loop / one rank": round(median(a / b for a, b in zip(times["loop"], one, strict=True)), 2),
+                f"one rank / {comm.size} ranks": round(median(
+                    a / b for a, b in zip(one, times[f"{comm.size} ranks"], strict=True)), 2)}), flush=True)
 
 
 main()
