@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -340,20 +341,21 @@ class Training:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for an end after this round and a checkpoint; a second one is
-        obeyed at once."""
+        """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for an end after this round and a checkpoint. Launchers and
+        schedulers may send them twice; a person who presses Ctrl-C again, seconds later, is obeyed at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before: dict[signal.Signals, Any] = {}
+        asked = inf
 
         def stop(number, frame):
+            nonlocal asked
+            if number == signal.SIGINT and perf_counter() - asked > 2:
+                raise KeyboardInterrupt
+            asked = min(asked, perf_counter())
             self.stop_asked = True
-            for sig, handler in before.items():
-                signal.signal(sig, handler)
 
-        for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            before[sig] = signal.signal(sig, stop)
+        before = {sig: signal.signal(sig, stop) for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
         try:
             yield
         finally:
@@ -363,6 +365,8 @@ class Training:
     def _finish(self, x, stopped: bool) -> Run:
         if self.progress:
             self.progress.close()
+            if stopped:
+                sys.stderr.write(f"stopped after round {self.saved_round}; to go on: mpiclip resume {self.out}\n")
         if self.record:
             self.record.close()
         names = self._columns()

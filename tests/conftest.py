@@ -1,17 +1,11 @@
-"""What all tests share: the data sets, and MPI programs as subprocesses that cannot hang the tests."""
+"""What all tests share: the data sets, and the command line."""
 
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-MPI_ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_btl": "^ofi",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMP_NUM_THREADS": "1",
-}
+from launch import finish, start
 
 
 @pytest.fixture(scope="session")
@@ -21,26 +15,6 @@ def datasets() -> Path:
     if not folder:
         pytest.skip("needs the data sets: set MPICLIP_DATA to their folder")
     return Path(folder)
-
-
-def start(n: int, *words, **options) -> subprocess.Popen:
-    """`mpirun -n N python …` in a process group of its own; n = 0 starts no mpirun."""
-    launcher = Path(sys.executable).parent / "mpirun"
-    command = ([str(launcher), "-n", str(n)] if n else []) + [sys.executable, *map(str, words)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_"))}
-    return subprocess.Popen(command, env=environment | MPI_ENVIRONMENT, start_new_session=True, text=True,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def finish(process: subprocess.Popen, timeout: float = 60) -> subprocess.CompletedProcess:
-    """Wait for it; a program that does not end is killed and fails the test."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"hung for {timeout} s\n{out}\n{err}")
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from conftest import finish, start
+from launch import finish, start
 from mpiclip import checkpoint, disk
 from mpiclip.checkpoint import Piece, load, save
 from mpiclip.comm import Comm

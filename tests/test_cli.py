@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from conftest import finish, start
+from launch import finish, start
+from mpiclip.__main__ import main
 
 CONFIG = """
 [data]
@@ -231,7 +232,19 @@ def test_an_exception_on_one_rank_ends_all(folder, entry):
     assert time.monotonic() - begin < 15
 
 
-# ---- bad input: status 2 and one line that says what to do
+# ---- bad input: status 2 and one line that says what to do. Alone, the verbs run in this process: they start faster.
+
+
+@pytest.fixture
+def here(folder, monkeypatch, capsys):
+    """here("train", …): the command line alone, in the folder."""
+    monkeypatch.chdir(folder)
+
+    def run(*words):
+        status = main(list(map(str, words)))
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, out, err)
+    return run
 
 
 def refused(done, *words):
@@ -265,8 +278,8 @@ def refused(done, *words):
     ("aggregate.attack={name=\"sign_flop\"}", ["sign_flop", "sign_flip"]),
     ("run.rounds", ["--set", "run.rounds", "table.key=value"]),
 ])
-def test_refuses(mpiclip, folder, setting, words):
-    refused(mpiclip(0, "train", "job.toml", "--out", "run", "--set", setting), *words)
+def test_refuses(here, folder, setting, words):
+    refused(here("train", "job.toml", "--out", "run", "--set", setting), *words)
     assert not (folder / "run" / "run.h5").exists(), "a refused run leaves nothing"
 
 
@@ -299,27 +312,27 @@ def test_refuses_an_output_that_cannot_be_written(mpiclip, folder):
     refused(mpiclip(2, "train", "job.toml", "--out", "file/run"), "file/run")
 
 
-def test_refuses_to_overwrite_a_run(mpiclip, folder):
-    assert mpiclip(0, "train", "job.toml", "--out", "run", "--set", "run.rounds=1").returncode == 0
+def test_refuses_to_overwrite_a_run(mpiclip, here, folder):
+    assert here("train", "job.toml", "--out", "run", "--set", "run.rounds=1").returncode == 0
     refused(mpiclip(2, "train", "job.toml", "--out", "run"), "run", "resume")
 
 
 @pytest.mark.parametrize("setting, words", [("method.tau=0.1", ["method.tau", "0.1", "0.05"]),
                                             ("run.seed=4", ["run.seed"]), ("method.name=clip_gd", ["method.name"])])
-def test_refuses_to_resume_another_config(mpiclip, folder, setting, words):
-    assert mpiclip(0, "train", "job.toml", "--out", "run", "--set", "run.rounds=3").returncode == 0
-    refused(mpiclip(0, "resume", "run", "--set", setting), *words)
+def test_refuses_to_resume_another_config(here, setting, words):
+    assert here("train", "job.toml", "--out", "run", "--set", "run.rounds=3").returncode == 0
+    refused(here("resume", "run", "--set", setting), *words)
 
 
-def test_refuses_to_resume_on_other_data(mpiclip, folder):
-    assert mpiclip(0, "train", "job.toml", "--out", "run", "--set", "run.rounds=3").returncode == 0
+def test_refuses_to_resume_on_other_data(mpiclip, here, folder):
+    assert here("train", "job.toml", "--out", "run", "--set", "run.rounds=3").returncode == 0
     with h5py.File(folder / "train.h5", "r+") as f:
         f["train/y"][0] *= -1
     refused(mpiclip(2, "resume", "run", "--set", "run.rounds=9"), "train.h5", "not the data")
 
 
-def test_refuses_to_resume_nothing(mpiclip, folder):
-    refused(mpiclip(0, "resume", "nothing"), "nothing")
+def test_refuses_to_resume_nothing(here):
+    refused(here("resume", "nothing"), "nothing")
 
 
 @pytest.mark.parametrize("n", [0, 3])

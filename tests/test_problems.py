@@ -1,7 +1,10 @@
 """mpiclip.problems against loops over workers and rows in float64, central differences and closed forms; the C kernel
 and the NumPy definition alike."""
 
+import dataclasses
 import math
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -311,6 +314,170 @@ def test_any_shape(counts, p, name, sparse, per_worker, draw):
     losses, gradients = reference(problem, a, y, x, counts, batch)
     for function in (linear_model, linear_model.definition):
         loss, grad = function(x, data, problem, batch)
+        close(grad, gradients)
+        close(loss, losses)
+
+
+# sparse rows by columns: what the C kernel reads when it goes over all rows
+
+COLUMN_COUNTS = (9000, 0, 4097, 4096, 1, 0, 300)        # three parts, none, two, one, …
+compiled_only = pytest.mark.skipif(not device.compiled(), reason="no C kernels")
+
+
+@cache
+def by_columns(ones, intercept):
+    """(features (m, 7), labels ±1): a column that all rows have, an empty one, dense and thin ones; without an
+    intercept there are empty rows, too: the first and last of a worker, of a part and of all."""
+    m, generator = sum(COLUMN_COUNTS), rng(11)
+    a = generator.standard_normal((m, 7)) * (generator.random((m, 7)) < [1, 0, 0.7, 0.5, 0.02, 0.97, 0.3])
+    if not intercept:
+        a[[0, 2999, 3000, 8999, 9000, 13096, 13097, m - 1]] = 0
+    return (a != 0).astype(float) if ones else a, generator.choice([-1.0, 1.0], m)
+
+
+def column_data(name, dtype, ones, intercept, **keys):
+    """(problem, data that go by columns, features with the intercept's column, labels)"""
+    a, y = by_columns(ones, intercept)
+    problem = problems.load(name)(intercept=intercept, **keys)
+    data = prepared(problem, shard(a, y, COLUMN_COUNTS, sparse=True), dtype)
+    assert data.by_column is not None, "the kernel would go by rows"
+    assert data.by_column[3].any() == data.ones == ones, "columns that are lists of absent rows"
+    return problem, data, np.hstack([a, np.ones((len(a), 1))]) if intercept else a, y
+
+
+def by_whole_blocks(problem, a, y, x, counts):
+    """reference, for many rows: SciPy's functions of a worker's scores"""
+    from scipy.special import expit
+    offsets, losses, gradients = np.concatenate([[0], np.cumsum(counts)]), [], []
+    for i, (j, k) in enumerate(pairwise(offsets)):
+        x_i = (x if x.ndim == 1 else x[i]).astype(float)
+        z, b, m = a[j:k] @ x_i, y[j:k], max(k - j, 1)
+        value = (z - b) ** 2 / 2 if problem.name == "linear" else np.logaddexp(0, -b * z)
+        gradient = a[j:k].T @ (z - b if problem.name == "linear" else -b * expit(-b * z)) / m
+        loss = value.sum() / m
+        if problem.regularizer == "nonconvex" and k > j:
+            v = np.where(np.arange(a.shape[1]) < a.shape[1] - problem.intercept, x_i, 0)
+            loss, gradient = loss + problem.lam * (v**2 / (1 + v**2)).sum(), gradient + problem.lam * 2 * v / (
+                1 + v**2) ** 2
+        losses.append(loss)
+        gradients.append(gradient)
+    return np.array(losses), np.array(gradients)
+
+
+@way
+@pytest.mark.parametrize("name", ["linear", "logistic"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("per_worker", [False, True], ids=["shared", "per worker"])
+@pytest.mark.parametrize("ones", [False, True], ids=["values", "ones"])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_sparse_rows_by_columns(way, name, dtype, per_worker, ones, intercept):
+    problem, data, a, y = column_data(name, dtype, ones, intercept, regularizer="nonconvex", lam=0.3)
+    q, w = a.shape[1], len(COLUMN_COUNTS)
+    x = rng(5).standard_normal((w, q) if per_worker else q).astype(dtype)
+    losses, gradients = by_whole_blocks(problem, a, y, x, COLUMN_COUNTS)
+    out = np.full((w, q), np.nan, dtype)
+    loss, grad = way(x, data, problem, None, out)
+    assert grad is out and loss.dtype == np.float64
+    close(grad, gradients, dtype)
+    np.testing.assert_allclose(loss, losses, rtol=1e-12 if dtype == "float64" else 1e-5)
+    assert not grad[[1, 5]].any() and not loss[[1, 5]].any()
+    nothing, again = way(x, data, problem, None, None, False)
+    assert nothing is None and again.tobytes() == grad.tobytes()
+    # all rows as one batch: row by row
+    loss_b, grad_b = way(x, data, problem, (np.arange(len(a)), data.offsets, data.denominators))
+    close(grad_b, gradients, dtype)
+    np.testing.assert_allclose(loss_b, losses, rtol=1e-12 if dtype == "float64" else 1e-5)
+
+
+@pytest.mark.parametrize("ones", [False, True], ids=["values", "ones"])
+def test_the_copy_by_columns_holds_the_rows(ones):
+    """Part after part, column after column, the matrix comes back."""
+    _, data, a, _ = column_data("linear", "float64", ones, intercept=True)
+    rows, values, starts, absent = data.by_column
+    cuts = [[j + (k - j) * p // n for p in range(n)] for j, k, n in zip(
+        data.offsets[:-1], data.offsets[1:], [3, 1, 2, 1, 1, 1, 1], strict=True)]
+    edges = [*np.concatenate(cuts), len(a)]
+    found = np.zeros_like(a)
+    for part, (first, last) in enumerate(pairwise(edges)):
+        for j in range(a.shape[1]):
+            at = slice(*starts[part * a.shape[1] + j:][:2])
+            column = np.zeros(last - first)
+            column[rows[at]] = 1 if values is None else values[at]
+            found[first:last, j] = 1 - column if absent[part * a.shape[1] + j] else column
+    np.testing.assert_array_equal(found, a)
+    assert (len(starts), len(absent)) == (10 * a.shape[1] + 1, 10 * a.shape[1]) and starts[-1] == len(rows)
+
+
+@compiled_only
+@pytest.mark.parametrize("ones", [False, True], ids=["values", "ones"])
+def test_the_kernel_goes_by_columns_where_it_can(ones):
+    """Not the definition's answer, and not that of the rows: a spoilt copy shows in the full gradient alone."""
+    from mpiclip.kernels import cpu
+    problem, data, a, y = column_data("logistic", "float64", ones, intercept=False)
+    x = rng(5).standard_normal(a.shape[1])
+    _, right = by_whole_blocks(problem, a, y, x, COLUMN_COUNTS)
+    everything = np.arange(len(a)), data.offsets, data.denominators
+    rows, values, starts, absent = data.by_column
+    spoilt = dataclasses.replace(data)
+    vars(spoilt)["by_column"] = rows, values, starts, ~absent
+    close(cpu.linear_model(x, data, problem)[1], right)
+    assert not np.allclose(cpu.linear_model(x, spoilt, problem)[1], right, rtol=0.1)
+    close(cpu.linear_model(x, spoilt, problem, everything)[1], right)
+
+
+@pytest.mark.parametrize("name", ["linear", "logistic"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("ones", [False, True], ids=["values", "ones"])
+def test_by_columns_the_bytes_do_not_depend_on_the_threads(name, dtype, ones):
+    problem, data, a, _ = column_data(name, dtype, ones, intercept=False)
+    x, results = rng(5).standard_normal(a.shape[1]).astype(dtype), set()
+    for threads in (1, 2, 3):
+        with threadpool_limits(threads):
+            results |= {tuple(v.tobytes() for v in problem.loss_grad(x, data)) for _ in range(3)}
+    assert len(results) == 1
+
+
+@compiled_only
+@pytest.mark.parametrize("ones", [False, True], ids=["values", "ones"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("column", [0, 2, 4])
+def test_by_columns_what_is_not_finite_shows_and_stays_with_its_worker(ones, value, column):
+    problem, data, a, _ = column_data("logistic", "float64", ones, intercept=False)
+    x = rng(5).standard_normal((len(COLUMN_COUNTS), a.shape[1]))
+    clean_loss, clean = linear_model(x, data, problem)
+    x[2, column] = value
+    loss, grad = linear_model(x, data, problem)
+    assert not np.isfinite(loss[2]) and not (math.isnan(value) and np.isfinite(grad[2]).all())
+    others = [0, 1, 3, 4, 5, 6]
+    assert np.array_equal(grad[others], clean[others]) and np.array_equal(loss[others], clean_loss[others])
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+def test_no_copy_by_columns_where_it_is_not_worth_it(sparse):
+    """Dense rows; and sparse ones of fewer than four entries for each column of each part."""
+    for entries, there in ((7, False), (8, sparse)):            # two workers, one column: 4 · 1 · 2 = 8
+        a = np.zeros((10, 1))
+        a[:entries] = 1
+        data = prepared(problems.Linear(), shard(a, np.zeros(10), (5, 5), sparse))
+        assert (data.by_column is not None) == there
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 3, 40, 255, 256, 257, 700, 4500]), min_size=1, max_size=5), st.integers(1, 9),
+       st.sampled_from([0.05, 0.3, 0.5, 0.8, 1.0]), st.sampled_from(["linear", "logistic"]), st.booleans(),
+       st.integers(0, 2**32 - 1))
+def test_by_columns_any_shape(counts, p, density, name, ones, seed):
+    m, generator = sum(counts), rng(seed)
+    if m == 0:
+        return
+    a = generator.standard_normal((m, p)) * (generator.random((m, p)) < density)
+    a, y = (a != 0).astype(float) if ones else a, generator.choice([-1.0, 1.0], m)
+    problem = problems.load(name)()
+    data = prepared(problem, shard(a, y, counts, sparse=True, classes=np.array([-1.0, 1.0])))
+    x = generator.standard_normal((len(counts), p))
+    losses, gradients = by_whole_blocks(problem, a, y, x, counts)
+    for function in (linear_model, linear_model.definition):
+        loss, grad = function(x, data, problem)
         close(grad, gradients)
         close(loss, losses)
 
