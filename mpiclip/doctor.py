@@ -93,6 +93,6 @@ def _mpi() -> str | None:
         from mpi4py import MPI
     except (ImportError, RuntimeError):
         return None
-    library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
+    library = " ".join(MPI.Get_library_version().strip("\0").splitlines()[0].split(",")[0].split())
     launcher = shutil.which("mpirun") or shutil.which("mpiexec") or "no mpirun on PATH"
     return f"{library}, mpi4py {version('mpi4py')}, {launcher}"

@@ -178,11 +178,13 @@ class Training:
                 stopped = workers.agreed == STOP
                 if workers.agreed >= CHECKPOINT:
                     self._save(k)
-                if self.progress and self.lines:
+                if self.progress and self.lines and k < config.run.rounds:
                     self.progress.update(k, self.lines[-1])
             if not stopped:
                 self._evaluate(k, x)
                 self._save(k)
+                if self.progress:
+                    self.progress.update(k, self.lines[-1])
         return self._finish(x, stopped)
 
     def _round(self, x) -> None:
