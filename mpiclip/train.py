@@ -107,6 +107,11 @@ def attack_of(table: dict[str, Any] | None) -> Callable | None:
     return partial(ATTACKS[table["name"]], **{key: value for key, value in table.items() if key != "name"})
 
 
+def _vectors(array):
+    """A server array (…, columns) as (vectors, columns), also where this rank serves no columns."""
+    return array.reshape(int(np.prod(array.shape[:-1])), array.shape[-1])
+
+
 class Training:
     """The parts of one run, on this rank. `before`: the lines of metrics of a run that is resumed."""
 
@@ -278,9 +283,8 @@ class Training:
                                     [(int(self.workers.ids[0]) * width, array)])
         shape = (*array.shape[:-1], self.server.d)
         mine = self.server.at != "replicated" or self.comm.rank == 0
-        return checkpoint.Piece(shape, array.dtype,
-                                [(row * self.server.d + self.server.own.start, part)
-                                 for row, part in enumerate(array.reshape(-1, array.shape[-1]))] if mine else [])
+        return checkpoint.Piece(shape, array.dtype, [(row * self.server.d + self.server.own.start, part)
+                                                     for row, part in enumerate(_vectors(array))] if mine else [])
 
     def _load(self) -> None:
         """The state of the newest valid checkpoint."""
@@ -302,10 +306,10 @@ class Training:
                     array[...] = self.device.put(saved.read(name, offset, part.size).reshape(part.shape))
                 else:
                     d, own = self.server.d, self.server.own
-                    for row, part in enumerate(array.reshape(-1, array.shape[-1])):
+                    for row, part in enumerate(_vectors(array)):
                         part[:] = self.device.put(saved.read(name, row * d + own.start, own.stop - own.start))
         saved.close()
-        self.start = saved.round
+        self.start = self.saved_round = saved.round
         self.method = self.config.method.model_copy(update=saved.header["constants"])
         self.comm.sent = saved.header["bytes"]
         self.began -= saved.header["seconds"].pop("all")
