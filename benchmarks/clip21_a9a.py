@@ -14,7 +14,7 @@ import numpy as np
 from mpiclip import config
 from mpiclip.comm import Comm, world
 from mpiclip.data import read_train
-from mpiclip.train import Training
+from mpiclip.training import Training
 
 THREADS = int(sys.argv[2]) if len(sys.argv) > 2 else 1          # of each rank
 N, TAU, STEPSIZE, LAM, ROUNDS = 20, 0.1, 0.5, 0.1, 200

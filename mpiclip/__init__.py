@@ -7,7 +7,7 @@ from .version import __version__
 __all__ = ["InputError", "Run", "__version__", "aggregate", "clip", "methods", "ops", "problems", "resume", "train"]
 
 # Where the public names live. They are imported when they are used: `mpiclip show` needs no MPI, `clip` no HDF5.
-_HOMES = {"train": "train", "resume": "train", "Run": "train", "aggregate": "aggregation", "clip": "ops",
+_HOMES = {"train": "training", "resume": "training", "Run": "training", "aggregate": "aggregation", "clip": "ops",
           "InputError": "errors", "ops": "ops", "methods": "methods", "problems": "problems"}
 
 
@@ -17,5 +17,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mpiclip' has no attribute {name!r}")
     module = import_module(f"mpiclip.{_HOMES[name]}")
     value = module if name in ("ops", "methods", "problems") else getattr(module, name)
-    globals()[name] = value             # also over the submodule of the same name, as for `train`
+    globals()[name] = value
     return value

@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 def train(args) -> int:
     """Run an experiment."""
     from .comm import world
-    from .train import train
+    from .training import train
     ranks = world()
     out = args.out or ranks.same(_free_folder(Path("runs") / Path(args.config).stem))
     return AGAIN if train(args.config, ranks, out, args.settings, progress=True).stopped else DONE
@@ -107,7 +107,7 @@ def _free_folder(folder: Path) -> Path:
 
 def resume(args) -> int:
     """Go on with a run from its newest checkpoint, on any number of ranks."""
-    from .train import resume
+    from .training import resume
     return AGAIN if resume(args.out, args.settings, progress=True).stopped else DONE
 
 

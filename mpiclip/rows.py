@@ -8,6 +8,7 @@ import numpy as np
 
 from .device import host, xp
 
+TINY = np.finfo(np.float64).tiny
 BLOCK = 8000        # columns worked on at a time: they stay in cache, and a row's stride is no multiple of a page
 
 
@@ -20,9 +21,9 @@ class Rows:
     X      this rank's (n, columns) array; never written to
     total  sums a small float64 array over the ranks that hold the other columns (default: this rank has them all)"""
 
-    def __init__(self, X, total: Callable = np.asarray, W: np.ndarray | None = None, basis: np.ndarray | None = None):
+    def __init__(self, X, total: Callable = np.asarray, W: np.ndarray | None = None, basis: tuple | None = None):
         self.X, self.total = X, total
-        self.W, self._basis = W, basis        # W: (n, rows of X), None is the identity; basis: see _centred_gram
+        self.W, self._basis = W, basis        # W: (n, rows of X), None is the identity; basis: see _in_basis
 
     @property
     def n(self) -> int:
@@ -91,19 +92,25 @@ class Rows:
         return squares
 
     def _in_basis(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows as W · B, and the Gram matrix of B = (x_1 − x̄, …, x_n − x̄, x̄)."""
+        """The rows as W · B, and the Gram matrix of B = (y_1 − ȳ, …, y_n − ȳ, ȳ), where y_i = s_i x_i: rows much longer
+        than the median are shortened to about that, so that a huge one does not blur what the others differ in. The s_i
+        are powers of 2, which round nothing."""
         if self._basis is None:
-            self._basis = self._centred_gram()
-        m = len(self.X)
-        W = np.eye(m) if self.W is None else self.W
-        return np.hstack([W, W.sum(1, keepdims=True)]), self._basis
+            norm = np.sqrt(self.total(self._squares()))
+            usual = np.median(norm)
+            huge = (norm > 16 * usual) & (usual > 0)
+            s = np.where(huge, np.exp2(np.floor(np.log2(max(usual, TINY) / np.where(huge, norm, 1)))), 1.0)
+            self._basis = s, self._centred_gram(s)
+        s, gram = self._basis
+        W = (np.eye(len(s)) if self.W is None else self.W) / s
+        return np.hstack([W, W.sum(1, keepdims=True)]), gram
 
-    def _centred_gram(self) -> np.ndarray:
-        """Inner products of the rows less their mean, and of the mean: (n+1, n+1) float64, summed over the ranks."""
+    def _centred_gram(self, s: np.ndarray) -> np.ndarray:
+        """Inner products of the s_i x_i less their mean, and of the mean: (n+1, n+1) float64, summed over the ranks."""
         m = len(self.X)
         gram = np.zeros((m + 1, m + 1))
         for start in range(0, self.X.shape[1], BLOCK):
-            block = self.X[:, start:start + BLOCK].astype(np.float64)
+            block = self.X[:, start:start + BLOCK].astype(np.float64) * xp(self.X).asarray(s)[:, None]
             mean = block.mean(0)
             basis = xp(block).vstack([block - mean, mean])
             gram += host(basis @ basis.T)

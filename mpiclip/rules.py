@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .errors import InputError, unknown
-from .rows import Rows
-
-TINY = np.finfo(np.float64).tiny
+from .rows import TINY, Rows
 
 RULES: dict[str, Callable] = {}         # every rule by its name in a config
 PRE_AGGREGATIONS: set[str] = set()      # those that give Rows, to be followed by another

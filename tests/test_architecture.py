@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"__main__": set()},
     {"bench": set(), "doctor": set(), "plot": {"show"}, "show": set(), "importers": set()},
-    {"train": set()},
+    {"training": set()},
     {"constants": {"workers"}, "aggregation": set(), "workers": set(), "checkpoint": set(), "record": set(),
      "config": set()},
     {"methods": set(), "problems": set(), "server": set(), "rules": set(), "attacks": set(), "data": set()},

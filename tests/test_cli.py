@@ -135,6 +135,15 @@ def test_resume_on_another_number_of_ranks(mpiclip, folder, batch):
     np.testing.assert_allclose(model(folder / "parts"), model(folder / "whole"), rtol=1e-12)
 
 
+def test_a_trusted_server_saves_and_goes_on(mpiclip, folder):
+    """With at = "rank0" the other ranks hold no part of the server's state."""
+    at = ["--set", "aggregate.at=rank0"]
+    assert mpiclip(2, "train", "job.toml", "--out", "whole", *at).returncode == 0
+    assert mpiclip(2, "train", "job.toml", "--out", "parts", "--set", "run.rounds=17", *at).returncode == 0
+    assert mpiclip(3, "resume", "parts", "--set", "run.rounds=40").returncode == 0
+    np.testing.assert_allclose(model(folder / "parts"), model(folder / "whole"), rtol=1e-12)
+
+
 def slow(folder, *more, n=3):
     """A run that would take very long, once it has started."""
     process = start(n, "-m", "mpiclip", "train", "job.toml", "--out", "run", "--set", "run.rounds=100000000",
@@ -238,6 +247,8 @@ def test_an_exception_on_one_rank_ends_all(folder, entry):
 @pytest.fixture
 def here(folder, monkeypatch, capsys):
     """here("train", …): the command line alone, in the folder."""
+    import mpiclip
+    assert callable(mpiclip.train)          # named before the module of the same name is imported: see the next test
     monkeypatch.chdir(folder)
 
     def run(*words):
@@ -252,6 +263,13 @@ def refused(done, *words):
     line = last_line(done.stderr)
     for word in words:
         assert word in line, line
+
+
+def test_train_is_the_function_whoever_imported_the_module(tmp_path):
+    program = "from mpiclip.training import Run\nimport mpiclip\nassert callable(mpiclip.train)\n"
+    (tmp_path / "program.py").write_text(program)
+    done = finish(start(0, "program.py", cwd=tmp_path))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("setting, words", [

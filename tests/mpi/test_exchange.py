@@ -1,11 +1,14 @@
 """The exchange: means, transposition and joining on any number of ranks, with uneven workers and columns."""
 
+import os
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
 
 import reference
+from mpiclip import rules
 from mpiclip.aggregation import Aggregation, aggregate
 from mpiclip.attacks import sign_flip
 from mpiclip.comm import Comm
@@ -103,6 +106,62 @@ def test_the_board_may_be_overwritten_as_soon_as_a_mean_is_back(ranks):
         np.testing.assert_allclose(whole, X.mean(0) * k, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("at", ["sharded", "rank0"])
+@pytest.mark.parametrize("board", [True, False])
+@pytest.mark.parametrize("slow", ["first", "last"])
+def test_nobody_runs_ahead_of_a_slow_rank(ranks, at, board, slow):
+    """A rank that posts late is waited for; one that reads late still finds the model and the rows of its own round."""
+    X = data(6, 5000, "float64")
+    server_ = server(ranks, X, at, board=board)
+    late = ranks.rank == (0 if slow == "first" else ranks.size - 1)
+    for k in range(1, 4):
+        if late:
+            sleep(0.02)
+        part = server_.mean(hosted(ranks, k * X))
+        whole = server_.join(part)
+        if late:
+            sleep(0.02)
+        np.testing.assert_allclose(whole, k * X.mean(0), rtol=1e-12, atol=1e-12)
+        rows = server_.rows(hosted(ranks, k * X))
+        if late:
+            sleep(0.02)
+        np.testing.assert_array_equal(rows.columns(), k * X[:, server_.own])
+        server_.release()
+
+
+def test_rules_of_a_slow_rank_still_see_the_rows_of_their_round(ranks, monkeypatch):
+    def late(rows, f):
+        if ranks.rank == ranks.size - 1:
+            sleep(0.02)
+        return rows.mean()
+    monkeypatch.setitem(rules.RULES, "late", late)
+    X = data(6, 5000, "float64")
+    aggregation = Aggregation(server(ranks, X), ["late"], 1)
+    mine = aggregation.server.mine
+    for k in range(1, 4):
+        mine[:] = k * hosted(ranks, X)
+        part = aggregation(mine)
+        mine[:] = np.nan                    # the next gradient
+        np.testing.assert_allclose(part, k * X.mean(0)[aggregation.server.own], rtol=1e-12, atol=1e-12)
+        ranks.barrier()
+
+
+def test_notes_are_read_before_they_are_written_again(ranks):
+    """One agreement after the other, with a rank that is late before or after each."""
+    for k in range(12):
+        if ranks.rank == k % ranks.size:
+            sleep(0.005)
+        assert ranks.highest(k * 10 + ranks.rank) == k * 10 + ranks.size - 1
+
+
+def test_dot_of_server_vectors(ranks):
+    for d, means_only in ((1000, True), (1000, False), (100_000, True)):
+        X = data(4, d, "float32")
+        server_ = server(ranks, X, means_only=means_only)
+        assert server_.dot(X[0, server_.own], X[1, server_.own]) == pytest.approx(
+            X[0].astype(float) @ X[1], rel=1e-10, abs=1e-10)
+
+
 def test_without_shared_memory_vectors_are_sent(ranks, monkeypatch):
     """No room: MPI takes over. Nothing is left behind."""
     def full(fd, offset, size):
@@ -116,12 +175,12 @@ def test_without_shared_memory_vectors_are_sent(ranks, monkeypatch):
 
 
 @pytest.mark.parametrize("at", ["sharded", "rank0"])
-@pytest.mark.parametrize("rules", [["arc", "trimmed_mean"], ["arc", "nnm", "median"], ["nnm"], ["arc", "mean"]])
-def test_robust_aggregation(ranks, at, rules):
+@pytest.mark.parametrize("names", [[], ["arc", "trimmed_mean"], ["arc", "nnm", "median"], ["nnm"], ["arc", "mean"]])
+def test_robust_aggregation(ranks, at, names):
     f, X = 2, data(9, 503, "float64") * np.arange(1, 10)[:, None]
-    aggregation = Aggregation(server(ranks, X, at), rules, f, sign_flip, np.arange(9) >= 7)
+    aggregation = Aggregation(server(ranks, X, at), names, f, sign_flip, np.arange(9) >= 7)
     expected = reference.sign_flip(X, f)
-    for name in rules:
+    for name in names:
         expected = getattr(reference, name)(expected, f)
     if expected.ndim == 2:
         expected = expected.mean(0)
@@ -146,6 +205,46 @@ def test_aggregate_with_comm(ranks):
     X = data(8, 300, "float32")
     result = aggregate(hosted(ranks, X), ["arc", "trimmed_mean"], 2, comm=ranks.mpi)
     np.testing.assert_allclose(result, aggregate(X, ["arc", "trimmed_mean"], 2), rtol=1e-5, atol=1e-6)
+
+
+def test_aggregate_with_comm_is_the_callers(ranks):
+    """Not memory that the ranks share: what one writes on its result, others do not see."""
+    X = data(8, 300, "float64")
+    result = aggregate(hosted(ranks, X), ["median"], 2, comm=ranks.mpi)
+    ranks.barrier()
+    result[:] = ranks.rank
+    ranks.barrier()
+    assert (result == ranks.rank).all()
+
+
+def test_shared_memory_is_one_for_all_ranks(ranks):
+    memory = ranks.shared((ranks.size, 3), np.float64)
+    if ranks.size == 1:
+        assert memory is None
+        return
+    assert not memory.any()
+    ranks.barrier()
+    memory[ranks.rank] = ranks.rank + 1
+    ranks.barrier()
+    np.testing.assert_array_equal(memory, np.arange(1.0, ranks.size + 1)[:, None] * np.ones(3))
+    ranks.barrier()
+
+
+def test_shared_memory_that_one_rank_cannot_see_is_not_used(ranks, monkeypatch):
+    """Another container on the same host: all ranks send then."""
+    if ranks.size > 1 and ranks.rank == ranks.size - 1:
+        monkeypatch.setattr("mpiclip.comm._map", lambda path, size: None)
+    assert ranks.shared((10,), np.float64) is None
+    X = data(5, 100, "float64")
+    server_ = server(ranks, X)
+    np.testing.assert_allclose(server_.join(server_.mean(hosted(ranks, X))), X.mean(0), rtol=1e-12, atol=1e-15)
+
+
+def test_ranks_share_the_cores(ranks):
+    """Ranks that float over the same cores do not start as many threads each."""
+    mine = len(os.sched_getaffinity(0))
+    same = sum(other == os.sched_getaffinity(0) for other in ranks.all(os.sched_getaffinity(0)))
+    assert ranks.threads == max(1, mine // same)
 
 
 def test_agree_raises_everywhere(ranks):

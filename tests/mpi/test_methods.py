@@ -1,11 +1,14 @@
 """Every method equals the paper's loop (tests/reference.py), on any number of ranks, and is the same on all of them."""
 
+import h5py
 import numpy as np
 import pytest
 
 import mpiclip
 import reference
 from mpiclip import methods
+from mpiclip.comm import Comm
+from mpiclip.importers import import_file
 
 N, D, K = 5, 7, 25
 rng = np.random.default_rng(7)
@@ -109,3 +112,111 @@ def test_attack_and_robust_rules(ranks):
         np.testing.assert_allclose(run.x, expected, rtol=1e-11)
         assert run.metrics["loss"][-1] == pytest.approx(
             np.mean(np.sum((run.x - centre) ** 2, 1)) / 2), "the loss is that of the honest workers"
+
+
+def test_rules_without_an_attack(ranks):
+    """All n workers have an f_i: f of them may be bad, but none is said to be."""
+    expected = X0
+    for _ in range(10):
+        expected = expected - 0.3 * reference.trimmed_mean(np.array([g(expected) for g in GRADS]), 1)
+    run = mpiclip.train(config("gd", {"stepsize": 0.3}, 10) | {"aggregate": {"rules": ["trimmed_mean"], "f": 1}}, ranks)
+    np.testing.assert_allclose(run.x, expected, rtol=1e-12)
+    assert run.metrics["grad_norm"][0] == pytest.approx(np.linalg.norm(sum(g(X0) for g in GRADS) / N), rel=1e-12)
+
+
+# ---- the same run on any number of ranks, from a data set
+
+ROWS = {"data": {"split": "dirichlet_worker", "alpha": 0.7},
+        "problem": {"name": "logistic", "regularizer": "nonconvex", "lam": 0.01},
+        "run": {"workers": 6, "rounds": 12, "dtype": "float64", "eval_every": 3}}
+
+
+@pytest.fixture(scope="session")
+def rows(ranks, tmp_path_factory):
+    """A file of 90 training and 31 test rows, made by rank 0."""
+    path = None
+    if ranks.rank == 0:
+        folder, generator = tmp_path_factory.mktemp("rows"), np.random.default_rng(0)
+        for name, m in (("train", 90), ("test", 31)):
+            X = generator.normal(size=(m, 5)) * [1, 2, 0.5, 1, 1]
+            np.savez(folder / f"{name}.npz", X=X, y=np.where(X.sum(1) + generator.normal(size=m) > 0, 1, -1))
+        path = str(folder / "rows.h5")
+        import_file([str(folder / "train.npz")], path, test=[str(folder / "test.npz")])
+    return ranks.same(path)
+
+
+@pytest.mark.parametrize("method", [
+    {"name": "clip21", "tau": {"quantile": 0.4}, "stepsize": "1/L"},
+    {"name": "clip21", "tau": 0.1, "stepsize": "theory"},
+    {"name": "celgc", "eta": 1.0, "gamma": 0.1, "interval": 3}])
+@pytest.mark.parametrize("batch", ["full", 4])
+@pytest.mark.parametrize("aggregate", [
+    {}, {"f": 2, "attack": {"name": "sign_flip"}}, {"rules": ["arc", "nnm", "median"], "f": 1},
+    {"rules": ["arc", "trimmed_mean"], "f": 2, "at": "rank0", "attack": {"name": "sign_flip"}}], ids=str)
+def test_alone_and_together(ranks, rows, method, batch, aggregate):
+    """Constants, minibatches, metrics: what one process finds, many find."""
+    tables = {**ROWS, "data": {**ROWS["data"], "file": rows}, "method": method, "aggregate": aggregate,
+              "run": {**ROWS["run"], "batch": batch}}
+    alone, together = mpiclip.train(tables, Comm()), mpiclip.train(tables, ranks)
+    np.testing.assert_allclose(together.x, alone.x, rtol=1e-10, atol=1e-12)
+    assert set(together.metrics) == set(alone.metrics) >= {"accuracy", "clipped"}
+    for name, values in alone.metrics.items():
+        if name not in ("bytes", "seconds") and not name.startswith("seconds_"):
+            np.testing.assert_allclose(together.metrics[name], values, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert (np.diff(together.metrics["bytes"]) > 0).all() == (ranks.size > 1)
+    assert len({str(values["bytes"]) for values in ranks.all(together.metrics)}) == 1
+    assert together.metrics["round"].tolist() == [0, 3, 6, 9, 12]
+
+
+def test_accuracy_is_of_the_test_rows(ranks, rows):
+    tables = {**ROWS, "data": {**ROWS["data"], "file": rows}, "method": {"name": "gd", "stepsize": 1.0}}
+    run = mpiclip.train(tables, ranks)
+    with h5py.File(rows, "r") as f:
+        right = (f["test/x"][:] @ run.x > 0) == (f["test/y"][:] > 0)
+    assert run.metrics["accuracy"][-1] == right.mean()
+
+
+def test_naive_parallel_stays_at_a_minimum(ranks):
+    """ḡ = 0 is not divided by."""
+    run = mpiclip.train({"problem": {"name": "quadratic", "curvature": [[1]] * N, "centre": [[0]] * N},
+                         "method": {"name": "naive_parallel", "eta": 0.3, "gamma": 0.4},
+                         "run": {"workers": N, "rounds": 3, "dtype": "float64"}}, ranks)
+    assert run.x.tolist() == [0] and run.metrics["clipped"][-1] == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_clipped_is_the_share_of_steps_that_clipped(ranks, name):
+    """Against what the paper's loop does at x^k: for CELGC of all local steps in the round."""
+    constants, expected = CASES[name]
+    xs, k = expected(), 2
+    run = mpiclip.train(config(name, constants, K), ranks)
+    if name in ("gd", "sgd"):
+        assert "clipped" not in run.metrics
+        return
+    assert np.isnan(run.metrics["clipped"][0]), "no round has made x⁰"
+    norms = {"clip_gd": lambda: [np.linalg.norm(g(xs[k])) for g in GRADS],
+             "clip21": lambda: clip21_differences(k),
+             "clip21_avg": lambda: [np.linalg.norm(c) - k * 1.0 for c in CENTRE],
+             "naive_parallel": lambda: [np.linalg.norm(sum(g(xs[k]) for g in GRADS) / N)] * N,
+             "celgc": lambda: local_norms(xs[k])}[name]()
+    bound = {"clip_gd": 2.0, "clip21": 1.0, "clip21_avg": 1.0, "naive_parallel": 0.4 / 0.3, "celgc": 2.0}[name]
+    assert run.metrics["clipped"][k + 1] == pytest.approx(np.mean(np.array(norms) > bound))
+
+
+def clip21_differences(k):
+    """‖∇f_i(x^k) − v_i^k‖ of Clip21"""
+    xs, v_i = reference.clip21(GRADS, X0, k, 1.0, 0.1), [np.zeros(D) for _ in GRADS]
+    for x in xs[:-1]:
+        v_i = [v + reference.clip(g(x) - v, 1.0) for g, v in zip(GRADS, v_i, strict=True)]
+    return [np.linalg.norm(g(xs[k]) - v) for g, v in zip(GRADS, v_i, strict=True)]
+
+
+def local_norms(x):
+    """Norms of all gradients in one round of CELGC that starts at x."""
+    norms = []
+    for g in GRADS:
+        x_i = x
+        for _ in range(3):
+            norms.append(np.linalg.norm(g(x_i)))
+            x_i = x_i - min(0.1, 0.2 / norms[-1]) * g(x_i)
+    return norms

@@ -16,9 +16,7 @@ def folder(ranks, tmp_path_factory):
     return ranks.same(tmp_path_factory.mktemp("run") if ranks.rank == 0 else None)
 
 
-@pytest.mark.parametrize("at, small", [
-    ("sharded", 64 * 1024), ("sharded", 0),
-    pytest.param("rank0", 0, marks=pytest.mark.skip("ranks that serve no columns cannot save: see test_cli.py"))])
+@pytest.mark.parametrize("at, small", [("sharded", 64 * 1024), ("sharded", 0), ("rank0", 0)])
 @pytest.mark.parametrize("name", CASES)
 def test_resume(ranks, folder, name, at, small, monkeypatch):
     monkeypatch.setattr("mpiclip.server.SMALL", small)

@@ -376,5 +376,5 @@ class Training:
         if self.record:
             self.record.close()
         names = self._columns()
-        metrics = {name: np.array([line.get(name, np.nan) for line in self.lines]) for name in names}
+        metrics = {name: np.array([line.get(name, np.nan) for line in self.lines], np.float64) for name in names}
         return Run(host(x).copy(), self.config, metrics, stopped)
