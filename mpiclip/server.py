@@ -85,7 +85,7 @@ class Server:
             self.comm.barrier()
 
     def join(self, part):
-        """The whole vector (d,), on every rank, from the columns that each rank owns."""
+        """The whole vector (d,), on every rank, from the columns that each rank owns; valid until the next call."""
         if self.comm.size == 1 or self.at == "replicated":
             return part
         start = perf_counter()

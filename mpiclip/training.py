@@ -148,7 +148,7 @@ class Training:
         config.method.init(self.s, self.workers)
         self.lines: list[dict[str, float]] = []
         if before is None:
-            self.method = constants.resolve(config.method, self._whole_x(), self.workers, self.server)
+            self.method = constants.resolve(config.method, self._whole_x().copy(), self.workers, self.server)
         else:
             self._load()
             names = before.dtype.names or ()

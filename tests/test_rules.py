@@ -3,6 +3,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import methodcaller
 from threading import Barrier
 
 import numpy as np
@@ -134,7 +135,8 @@ def test_totals_make_columns_of_other_ranks_count():
 
     for attribute in ("norms", "gram", "distances"):
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(lambda here: getattr(Rows(halves[here], partial(total, here)), attribute)(), (0, 1)))
+            holders = [Rows(halves[here], partial(total, here)) for here in (0, 1)]
+            found = list(pool.map(methodcaller(attribute), holders))
         np.testing.assert_array_equal(found[0], found[1])
         np.testing.assert_allclose(found[0], getattr(Rows(X), attribute)(), rtol=1e-10, atol=1e-10)
 
