@@ -7,6 +7,7 @@ export OMPI_ALLOW_RUN_AS_ROOT = 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl = ^ofi
+export PRTE_MCA_odls_base_sigkill_timeout = 60
 export PYTHONUNBUFFERED = 1
 
 .PHONY: demo test bench lint clean

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -18,8 +20,15 @@ DONE, BAD_INPUT, AGAIN = 0, 2, 75       # 75: EX_TEMPFAIL, stopped by a signal a
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit status: 0 done, 2 bad input (one line on stderr), 75 stopped by a signal after a
     checkpoint. Anything else is a bug, and shows a traceback."""
+    from .comm import started_rank
     try:
-        args = parser().parse_args(argv)
+        if started_rank() > 0:                          # a mistake in the command is said once
+            with contextlib.redirect_stderr(io.StringIO()):
+                args = parser().parse_args(argv)
+            if args.verb not in (train, resume, bench, doctor):
+                return DONE                             # one rank is enough
+        else:
+            args = parser().parse_args(argv)
         return args.verb(args) or DONE
     except InputError as error:
         return _end(str(error), error.agreed, BAD_INPUT)

@@ -24,27 +24,30 @@ class Aggregation:
     f          the number of workers that the rules tolerate
     attack     (rows, byzantine) → rows, or None
     byzantine  (n,) bool, the workers that attack
+    before     called first: the last place to refuse
     norm       ‖u‖ of a server vector u
     replaced   how many non-finite vectors were replaced by zeros in the last call
     seconds    time spent in attack and rules so far"""
 
     def __init__(self, server: Server, names: Sequence[str] = (), f: int = 0, attack: Callable | None = None,
-                 byzantine: np.ndarray | None = None):
+                 byzantine: np.ndarray | None = None, before: Callable = lambda: None):
         rules.check(names, f, server.n)
         self.server, self.names, self.f = server, names, f
         self.attack = partial(attack, byzantine=byzantine) if attack else None
-        self.norm = server.norm
+        self.norm, self.before = server.norm, before
         self.replaced = 0
         self.seconds = 0.0
 
     def __call__(self, u_i):
+        self.before()
         if not self.names and not self.attack:
             return self.server.mean(u_i)
         rows = self.server.rows(u_i)
         start, exchanged = perf_counter(), self.server.comm.seconds
-        if self.attack:
-            rows = self.attack(rows)
         rows, self.replaced = without_non_finite(rows, self.f)
+        if self.attack:
+            rows, more = without_non_finite(self.attack(rows), self.f)
+            self.replaced += more
         result = rules.chain(rows, self.names, self.f)
         self.server.release()
         self.seconds += perf_counter() - start - (self.server.comm.seconds - exchanged)
@@ -79,6 +82,8 @@ def aggregate(X, names: Sequence[str], f: int = 0, comm=None):
         return rules.chain(without_non_finite(Rows(X), f)[0], names, f)
     device = Device("cpu") if xp(X) is np else Device("cuda", X.device.id)
     hosted = ranks.all(len(X))
+    with ranks.agree():
+        rules.check(names, f, sum(hosted))
     server = Server(ranks, X.shape[1], sum(hosted), len(X), device, X.dtype, means_only=False)
     return server.join(Aggregation(server, names, f)(X)).copy()
 

@@ -30,6 +30,14 @@ def started_as() -> int:
     return 1
 
 
+def started_rank() -> int:
+    """This process's number, as the launcher gave it: 0 without a launcher."""
+    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return int(os.environ.get("SLURM_PROCID", 0)) if started_as() > 1 else 0
+
+
 def world() -> Comm:
     """All the ranks that mpirun or srun started; this process alone if none did (MPI is not even loaded then).
     Raises InputError if launcher and MPI library do not belong together: each rank would train a model of its own."""
@@ -142,16 +150,18 @@ class Comm:
         barrier of the call between, so all have read it."""
         if self.size == 1:
             return code
+        start = perf_counter()
         if self._notes is not None:
             self._turn = 1 - self._turn
             notes = self._notes[self._turn]
             notes[self.rank] = code
             self.mpi.Barrier()
-            return int(notes.max())
-        from mpi4py import MPI
-        value = np.array([code], np.int64)
-        self.mpi.Allreduce(MPI.IN_PLACE, value, MPI.MAX)
-        return int(value[0])
+        else:
+            from mpi4py import MPI
+            notes = np.array([code], np.int64)
+            self.mpi.Allreduce(MPI.IN_PLACE, notes, MPI.MAX)
+        self.seconds += perf_counter() - start
+        return int(notes.max())
 
     @contextmanager
     def agree(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import tomllib
 from collections.abc import Sequence
@@ -105,7 +106,9 @@ def _set(tables: dict, setting: str) -> None:
     *tables_within, last = name.split(".")
     target = tables.setdefault(table, {})
     for within in tables_within:
-        target = target.setdefault(within, {})
+        target = target.setdefault(within, {}) if isinstance(target, dict) else None
+    if not isinstance(target, dict):
+        raise InputError(f"--set {setting}: {'.'.join([table, *tables_within])} is no table")
     target[last] = value
 
 
@@ -113,9 +116,12 @@ def _checked(tables: dict, where: str) -> Config:
     for table in tables:
         if table not in Config.model_fields:
             raise unknown(f"{where}: table [{table}]", table, Config.model_fields)
+        if not isinstance(tables[table], dict):
+            raise InputError(f"{where}: {table} = {tables[table]!r}: expected a table, [{table}] and keys below it")
     for table, module in (("problem", problems), ("method", methods)):
-        if not isinstance(tables.get(table), dict) or "name" not in tables[table]:
-            raise InputError(f"{where}: {table}.name: missing; known: {', '.join(module.names())}")
+        name = tables.get(table, {}).get("name")
+        if not isinstance(name, str):
+            raise InputError(f"{where}: {table}.name = {name!r}: expected one of {', '.join(module.names())}")
     built: dict[str, Any] = {}
     for table, record in (("problem", problems.load(tables["problem"]["name"])),
                           ("method", methods.load(tables["method"]["name"])),
@@ -135,7 +141,11 @@ def _record(record: type[BaseModel], values: dict, table: str, where: str):
         if key not in record.model_fields:
             raise unknown(f"{where}: {table}.{key}", key, record.model_fields)
     try:
-        return record(**values)
+        checked = record(**values)
+        for key, value in values.items():       # pydantic would take true for 1, and "10" for 10
+            if isinstance(value, bool | str) and type(getattr(checked, key)) is not type(value):
+                raise InputError(f"{where}: {table}.{key} = {value!r}: expected a value of another type")
+        return checked
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([table, str(first["loc"][0])]) if first["loc"] else table
@@ -162,9 +172,12 @@ def _check_together(config: Config, where: str) -> None:
     if run.batch != "full" and config.problem.name == "quadratic":
         raise InputError(f"{where}: run.batch = {run.batch}: 'quadratic' has no rows to draw from; expected \"full\"")
     if agg.attack is not None:
-        name = agg.attack.get("name")
+        name = str(agg.attack.get("name"))
         if name not in attacks.ATTACKS:
-            raise unknown(f"{where}: aggregate.attack", str(name), attacks.ATTACKS)
+            raise unknown(f"{where}: aggregate.attack", name, attacks.ATTACKS)
+        constants = list(inspect.signature(attacks.ATTACKS[name]).parameters)[2:]       # after rows and byzantine
+        for key in agg.attack.keys() - {"name", *constants}:
+            raise unknown(f"{where}: aggregate.attack.{key}", key, ["name", *constants])
         if agg.f == 0:
             raise InputError(f"{where}: aggregate.f = 0: an attack needs at least one Byzantine worker")
     if agg.f and not agg.rules and agg.attack is None:

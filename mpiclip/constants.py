@@ -35,7 +35,8 @@ def clip21_stepsize(tau: float, L: float, L_max: float, x, workers: Workers, ser
     It keeps max_i ‖∇f_i(x^k) − v_i^k‖ ≤ max(0, D − kτ/2): the error shrinks by at least τ/2 a round, because
     γ L_max ‖v^k‖ ≤ τ/2 as long as ‖v^k‖ ≤ V."""
     if tau <= 0:
-        raise InputError(f"method.tau = {tau}: the step size \"theory\" needs a threshold above 0")
+        raise InputError(f"method.tau = {tau}: the step size \"theory\" needs a threshold above 0",
+                         agreed=True)
     D = max(0.0, float(workers.first_norms(x).max()) - tau)
     S = D**2 + 2 * D**3 / (3 * tau)
     V = np.sqrt(2 * L * workers.evaluate(x, server)["loss"] + S) + D

@@ -70,15 +70,16 @@ def read_train(file, split, workers, ids, seed, dtype, alpha=None, similarity=No
         parts = splits.split(split, labels, workers, seed, alpha, similarity)
         own = [parts[i] if i < workers else np.empty(0, np.int64) for i in ids]
         rows = np.concatenate([np.empty(0, np.int64), *own])
+        x = _read_rows(file, f["train"], rows, dtype)
         return Shard(
-            x=_read_rows(file, f["train"], rows, dtype),
+            x=x,
             y=labels[rows],
             offsets=np.cumsum([0, *map(len, own)], dtype=np.int64),
             ids=np.array(ids, np.int64),
             n=workers,
             total=sum(map(len, parts)),
             classes=classes,
-            features=int(f.attrs["features"]),
+            features=x.shape[1],
         )
 
 
@@ -89,15 +90,16 @@ def read_test(file, part: int, parts: int, dtype) -> Shard | None:
             return None
         labels = _read_labels(file, f["test"])
         rows = np.array_split(np.arange(len(labels)), parts)[part]
+        x = _read_rows(file, f["test"], rows, dtype)
         return Shard(
-            x=_read_rows(file, f["test"], rows, dtype),
+            x=x,
             y=labels[rows],
             offsets=np.array([0, len(rows)]),
             ids=np.array([part]),
             n=parts,
             total=len(labels),
             classes=_classes(f),
-            features=int(f.attrs["features"]),
+            features=x.shape[1],
         )
 
 

@@ -9,6 +9,7 @@ in a crash of the process there). Lines that are not written yet have a NaN for 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -113,6 +114,25 @@ class Record:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._start, self._count, self._capacity = fd, start, len(lines), capacity
+
+
+def lock(dir: str | Path) -> TextIO:
+    """Hold DIR for this run until the file returned is closed, or the process ends. Raises InputError if another run
+    holds it, or if it cannot be written."""
+    path = Path(dir, "lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {disk.reason(error)}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{dir}: another mpiclip is running in this folder") from None
+    except OSError:
+        pass                # a file system without locks
+    return file
 
 
 def _image(header: dict[str, Any], rows: np.ndarray) -> tuple[bytes, int]:

@@ -45,7 +45,7 @@ class Rows:
         if self.W is None:
             return np.sqrt(self.total(self._squares()))
         W, G = self._in_basis()
-        return np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", W, G, W), 0))
+        return np.sqrt(np.maximum(((W @ G) * W).sum(1), 0))
 
     def gram(self) -> np.ndarray:
         """⟨x_i, x_j⟩, (n, n) float64; the same bytes on every rank."""
@@ -56,8 +56,12 @@ class Rows:
         """‖x_i − x_j‖₂², (n, n) float64. The mean has been taken off before any product, so that nothing cancels when
         the vectors are close together and far from zero."""
         W, G = self._in_basis()
-        D = W[:, None, :] - W[None, :, :]
-        return np.maximum(np.einsum("ijk,kl,ijl->ij", D, G, D), 0)
+        W = W - W[np.abs(W).sum(1).argmin()]    # what all rows have in common goes; that row is no huge one
+        M = W @ G @ W.T
+        square = np.diag(M)
+        D = np.maximum(square[:, None] + square[None, :] - 2 * M, 0)
+        np.fill_diagonal(D, 0)
+        return D
 
     def columns(self, copy: bool = False):
         """W X, this rank's columns (n, columns)."""

@@ -117,9 +117,10 @@ class Training:
 
     def __init__(self, config: Config, comm: Comm, out: str | os.PathLike | None, progress: bool = False,
                  before: np.ndarray | None = None):
-        self.config, self.comm, self.out = config, comm, None if out is None else Path(out)
-        run, agg = config.run, config.aggregate
-        n = run.workers or comm.size
+        n = config.run.workers or comm.size
+        run, agg = config.run.model_copy(update={"workers": n}), config.aggregate   # as many when it is resumed
+        self.config, self.comm = config.model_copy(update={"run": run}), comm
+        self.out = None if out is None else Path(out)
         byzantine = np.arange(n) >= n - (agg.f if agg.attack else 0)        # the last f workers
         honest = int((~byzantine).sum())
         with comm.agree():
@@ -140,7 +141,8 @@ class Training:
                                len(x), run.dtype, self.device, comm, self.server.mine, run.seed,
                                None if run.batch == "full" else run.batch, honest, tolerant=bool(agg.rules))
         with comm.agree():
-            self.aggregate = Aggregation(self.server, agg.rules, agg.f, attack_of(agg.attack), byzantine)
+            self.aggregate = Aggregation(self.server, agg.rules, agg.f, attack_of(agg.attack), byzantine,
+                                         self.workers.confirm)
         self.start, self.stop_asked = 0, False
         self.began, self.seconds = perf_counter(), dict.fromkeys(PARTS, 0.0)
         self.saved, self.saved_round = self.began, -1           # the newest checkpoint: when, and after which round
@@ -226,7 +228,8 @@ class Training:
             correct, rows = self.comm.total(self.config.problem.accuracy(x, self._accuracy_of))
             line["accuracy"] = correct / rows
         if hasattr(self.s, "clipped_i") and k:
-            line["clipped"] = float(self.comm.total(host(self.s.clipped_i).sum())) / self.workers.honest
+            clipped_i = host(self.s.clipped_i)[self.workers.ids < self.workers.honest]
+            line["clipped"] = float(self.comm.total(clipped_i.sum())) / self.workers.honest
         if self.config.aggregate.rules:
             line["replaced"] = self.aggregate.replaced
         line["bytes"] = self.comm.highest(self.comm.sent)
@@ -252,6 +255,7 @@ class Training:
         opened = None
         with self.comm.agree():
             if self.comm.rank == 0:
+                self._lock = record.lock(self.out)
                 opened = (record.Record.resume(self.out, self.start - 1, header) if resumed else
                           record.Record.create(self.out, header, self._columns()))
         return opened
@@ -296,6 +300,8 @@ class Training:
             if saved.header["data"] != self.fingerprint:
                 raise InputError(f"{self.config.data and self.config.data.file}: not the data that {self.out} was "
                                  f"started with (fingerprint {self.fingerprint}, expected {saved.header['data']})")
+            if self.config.run.rounds < saved.round:
+                raise InputError(f"run.rounds = {self.config.run.rounds}: {self.out} has done {saved.round} rounds")
             for name in vars(self.s):
                 piece = self._piece(name)
                 if saved.shape(name) != piece.shape:
@@ -375,6 +381,7 @@ class Training:
                 sys.stderr.write(f"stopped after round {self.saved_round}; to go on: mpiclip resume {self.out}\n")
         if self.record:
             self.record.close()
+            self._lock.close()
         names = self._columns()
         metrics = {name: np.array([line.get(name, np.nan) for line in self.lines], np.float64) for name in names}
         return Run(host(x).copy(), self.config, metrics, stopped)

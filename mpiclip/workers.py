@@ -14,8 +14,8 @@ from .device import Device, host
 from .errors import InputError
 from .streams import stream
 
-# What the ranks agree on once a round: the highest of all wishes counts. FAILED: not finite in the round before.
-GO, CHECKPOINT, STOP, NOT_FINITE, FAILED = range(5)
+# What the ranks agree on once a round: the highest of all wishes counts.
+GO, CHECKPOINT, STOP, NOT_FINITE = range(4)
 
 
 class Workers:
@@ -58,10 +58,17 @@ class Workers:
         if self._step > 1:
             self._failed |= bad
         else:
-            self.agreed = self.comm.highest(max(self.wish, NOT_FINITE * bad, FAILED * self._failed))
-            if self.agreed >= NOT_FINITE:
+            self.agreed = self.comm.highest(NOT_FINITE if bad else self.wish)
+            if self.agreed == NOT_FINITE:
                 self._raise_not_finite(x)
         return self._g_i
+
+    def confirm(self) -> None:
+        """Before the workers' vectors are aggregated: InputError, on all ranks, if a gradient of a later local step was
+        not finite. The server's state is still that of the round before."""
+        if self._step > 1 and not self.tolerant and self.comm.highest(self._failed):
+            raise InputError(f"round {self.round}: a local step gave gradients that are not finite; a smaller step "
+                             "size may help. The newest checkpoint is kept", agreed=True)
 
     def zeros(self, shape: tuple[int, ...] | None = None):
         """Zeros for each worker: (w, d), or (w, *shape); numbers, shape = (), are float64."""
@@ -78,7 +85,7 @@ class Workers:
 
     def begin(self, round: int) -> None:
         """Begin a round."""
-        self.round, self._step = round, 0
+        self.round, self._step, self._failed = round, 0, False
 
     def evaluate(self, x, server) -> dict[str, float]:
         """loss f(x) and grad_norm ‖∇f(x)‖ over all rows of all honest workers. The gradients are kept: a full-batch
@@ -119,9 +126,6 @@ class Workers:
         loss_i, _ = self.problem.loss_grad(x, self.data, None, loss=True)
         bad = [(int(self.ids[i]), float(host(loss_i)[i])) for i in np.flatnonzero(~np.isfinite(norms))]
         found = [item for rank in self.comm.all(bad) for item in rank]
-        message = f"round {self.round}: a local step in the round before gave gradients that are not finite"
-        if found:
-            worker, loss = found[0]
-            message = (f"round {self.round}: the gradient of worker {worker} is not finite (its loss is {loss:g}); "
-                       "a smaller step size may help, or robust rules with f ≥ 1")
-        raise InputError(message, agreed=True)
+        worker, loss = found[0]
+        raise InputError(f"round {self.round}: the gradient of worker {worker} is not finite (its loss is {loss:g}); "
+                         "a smaller step size may help, or robust rules with f ≥ 1", agreed=True)

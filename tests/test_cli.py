@@ -377,6 +377,64 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_round(mpiclip, folder, n)
     assert np.isfinite(model(folder / "run")).all()
 
 
+def test_a_local_step_that_diverges_spoils_no_checkpoint(mpiclip, folder):
+    """Also in the last round: the model that is kept is finite, and the run can go on from it."""
+    (folder / "job.toml").write_text("""
+        [problem]
+        name = "quadratic"
+        curvature = [[1e30], [1.0]]
+        centre = [[1.0], [1.0]]
+        [method]
+        name = "celgc"
+        eta = 1e9
+        gamma = 1e200
+        interval = 4
+        [run]
+        workers = 2
+        rounds = 1
+        checkpoint_every = 1
+        dtype = "float32\"""")
+    refused(mpiclip(2, "train", "job.toml", "--out", "run"), "local step", "not finite")
+    assert not list((folder / "run" / "checkpoints").glob("*.h5"))
+
+
+def test_two_runs_do_not_share_a_folder(mpiclip, folder):
+    process = slow(folder, "--set", "run.checkpoint_every=50", n=0)
+    refused(mpiclip(2, "resume", "run"), "another mpiclip")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, 20).returncode == 75
+
+
+def test_resume_keeps_the_number_of_workers(mpiclip, folder):
+    """Also where it came from the number of ranks."""
+    (folder / "job.toml").write_text(CONFIG.replace("workers = 6\n", ""))
+    assert mpiclip(3, "train", "job.toml", "--out", "run", "--set", "run.rounds=5").returncode == 0
+    assert mpiclip(2, "resume", "run", "--set", "run.rounds=9").returncode == 0
+    assert json.loads(mpiclip(0, "show", "run", "--json").stdout)["workers"] == 3
+    refused(mpiclip(0, "resume", "run", "--set", "run.rounds=4"), "run.rounds", "9")
+
+
+def test_importing_under_mpirun_is_done_once(mpiclip, folder):
+    done = mpiclip(3, "data", "import", "train.npz", "again.h5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("again.h5") == 1
+
+
+@pytest.mark.parametrize("text, words", [
+    ("run = 5", ["run = 5", "table"]), ("data = 'x.h5'", ["data", "table"]), ("method = 'gd'", ["method", "table"]),
+    ("[[run]]\nrounds = 3", ["run", "table"]), ("[method]\nname = 3", ["method.name = 3"]),
+    ("[run]\nrounds = true", ["run.rounds = True"]), ("[run]\nrounds = '10'", ["run.rounds", "10"]),
+    ("[aggregate]\nf = 1\nattack = { name = 'sign_flip', tau = 3 }", ["aggregate.attack.tau"])])
+def test_refuses_values_of_the_wrong_type(mpiclip, folder, text, words):
+    tables = {"problem": "[problem]\nname = 'quadratic'\ndimension = 3", "method":
+              "[method]\nname = 'gd'\nstepsize = 0.1"}
+    named = text.split("]")[0].strip("[") if text.startswith("[") else text.split()[0]
+    whole = "\n".join([text] + [t for name, t in tables.items() if name != named])
+    (folder / "job.toml").write_text(whole if not text.startswith("[") else "\n".join(
+        [t for name, t in tables.items() if name != named] + [text]))
+    refused(mpiclip(0, "train", "job.toml", "--out", "run"), *words)
+
+
 def test_a_full_disk_keeps_what_there_was(mpiclip, folder):
     """A checkpoint that does not fit: one line, all ranks end, the run can go on elsewhere from what is there."""
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"

@@ -5,7 +5,8 @@ A method is a frozen record of the paper's constants with two functions:
     init(s, workers)                  declares the state: s.v_i = workers.zeros() …
     round(x, s, workers, aggregate)   one round of the paper's algorithm
 
-x               the model (d,), as every worker has received it; not to be written to
+x               the model (d,), as every worker has received it; not to be written to, nor to be read once s.x has been
+                updated: it may be the same memory
 s               the state. s.x is the server's model, which `round` updates in place. Names ending in `_i` belong to the
                 workers: one row for each of this rank's w workers. All other names belong to the server: arrays like
                 s.x, of the columns that this rank serves. What is in s is checkpointed.

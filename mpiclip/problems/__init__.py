@@ -26,7 +26,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..device import xp
-from ..errors import unknown
+from ..errors import InputError, unknown
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -64,6 +64,11 @@ class Problem(BaseModel):
     def loss_grad(self, x, data: Any, batch=None, out=None, loss: bool = True) -> tuple[Any, Any]:
         """(f_i(x) (w,) float64, or None unless `loss`; ∇f_i(x) (w, d))"""
         raise NotImplementedError
+
+    def smoothness_product(self, u_i, data: Any) -> Any:
+        """H_i u_i (w, d), where H_i bounds the Hessian of f_i from above, for all x. InputError if none is known."""
+        raise InputError(f"method.stepsize: the smoothness of the problem '{self.name}' is not known; give a number",
+                         agreed=True)
 
     def accuracy(self, x, data: Any) -> tuple[int, int]:
         """(rows that x (d,) classifies correctly, rows), if this is a `classifier`"""

@@ -89,6 +89,8 @@ def test_bytes_sent(ranks, board):
 
 @pytest.mark.parametrize("at", ["sharded", "rank0"])
 def test_on_the_board_a_mean_has_the_same_bytes_for_any_number_of_ranks(ranks, at):
+    if ranks.hosts > 1:
+        pytest.skip("one host's ranks share a board")
     X = data(9, 30_011, "float32")
     alone = Server(Comm(), 30_011, 9, 9, Device("cpu"), "float32").mean(X)
     server_ = server(ranks, X, at)
