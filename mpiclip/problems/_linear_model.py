@@ -15,7 +15,7 @@ import numpy as np
 
 from ..device import accelerated, host, xp
 from ..errors import InputError
-from . import Problem
+from . import Problem, load
 
 PART = 4096         # as in kernels/glm.c: rows whose margins stay in the first-level cache
 
@@ -132,8 +132,7 @@ class LinearModel(Problem):
 
     def smoothness_product(self, u_i, data):
         if data.outputs == 1:       # c Aᵀ A u / m is c times a gradient of least squares: at u, with the labels 0
-            from .linear import Linear
-            _, product = linear_model(u_i, data.unlabelled, Linear(), loss=False)
+            _, product = linear_model(u_i, data.unlabelled, load("linear")(), loss=False)
             product *= self.curvature(1)
         else:
             product = xp(u_i).empty_like(u_i)
