@@ -21,9 +21,10 @@ class Rows:
     X      this rank's (n, columns) array; never written to
     total  sums a small float64 array over the ranks that hold the other columns (default: this rank has them all)"""
 
-    def __init__(self, X, total: Callable = np.asarray, W: np.ndarray | None = None, basis: tuple | None = None):
+    def __init__(self, X, total: Callable = np.asarray, W: np.ndarray | None = None, known: dict | None = None):
         self.X, self.total = X, total
-        self.W, self._basis = W, basis        # W: (n, rows of X), None is the identity; basis: see _in_basis
+        self.W = W                                              # (n, rows of X); None is the identity
+        self._known = {} if known is None else known            # what was computed of X: all mixtures of it share this
 
     @property
     def n(self) -> int:
@@ -32,7 +33,7 @@ class Rows:
 
     def mix(self, W: np.ndarray) -> Rows:
         """The rows W X: row i becomes Σ_j W_ij x_j. W: (m, n); costs O(m n²), not d."""
-        return Rows(self.X, self.total, W if self.W is None else W @ self.W, self._basis)
+        return Rows(self.X, self.total, W if self.W is None else W @ self.W, self._known)
 
     def replace(self, row: np.ndarray, vector) -> Rows:
         """The rows with those that `row` (n,) marks replaced by one vector (columns,) that is no mixture of them."""
@@ -43,7 +44,7 @@ class Rows:
     def norms(self) -> np.ndarray:
         """‖x_i‖₂, (n,) float64; the same bytes on every rank."""
         if self.W is None:
-            return np.sqrt(self.total(self._squares()))
+            return self._lengths()
         W, G = self._in_basis()
         return np.sqrt(np.maximum(((W @ G) * W).sum(1), 0))
 
@@ -85,7 +86,13 @@ class Rows:
 
     def finite(self) -> np.ndarray:
         """Which rows are finite, squared norm included: (n,) bool, the same on every rank."""
-        return np.isfinite(self.total(self._squares())) if self.W is None else np.isfinite(self.norms())
+        return np.isfinite(self.norms())
+
+    def _lengths(self) -> np.ndarray:
+        """The norms of the rows of X, computed once, whatever has been mixed since."""
+        if "lengths" not in self._known:
+            self._known["lengths"] = np.sqrt(self.total(self._squares()))
+        return self._known["lengths"]
 
     def _squares(self) -> np.ndarray:
         """Σ_j x_ij² over this rank's columns, in float64."""
@@ -99,13 +106,13 @@ class Rows:
         """The rows as W · B, and the Gram matrix of B = (y_1 − ȳ, …, y_n − ȳ, ȳ), where y_i = s_i x_i: rows much longer
         than the median are shortened to about that, so that a huge one does not blur what the others differ in. The s_i
         are powers of 2, which round nothing."""
-        if self._basis is None:
-            norm = np.sqrt(self.total(self._squares()))
+        if "basis" not in self._known:
+            norm = self._lengths()
             usual = np.median(norm)
             huge = (norm > 16 * usual) & (usual > 0)
             s = np.where(huge, np.exp2(np.floor(np.log2(max(usual, TINY) / np.where(huge, norm, 1)))), 1.0)
-            self._basis = s, self._centred_gram(s)
-        s, gram = self._basis
+            self._known["basis"] = s, self._centred_gram(s)
+        s, gram = self._known["basis"]
         W = (np.eye(len(s)) if self.W is None else self.W) / s
         return np.hstack([W, W.sum(1, keepdims=True)]), gram
 
