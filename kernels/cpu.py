@@ -31,7 +31,9 @@ def kernel(name: str, arguments: str, result=ctypes.c_int):
 _norms = kernel("norms", "aa")
 _clip = kernel("clip", "aaraa")
 _clip_step = kernel("clip_step", "aaaraa")
-_apply = kernel("apply", "aaar")
+_normalize_step = kernel("normalize_step", "aaarra")
+_momentum_step = kernel("momentum_step", "aaaararra")
+_apply = kernel("apply", "aaarr")
 _row_sum = kernel("row_sum", "aar")
 
 
@@ -52,8 +54,19 @@ def clip_step(u, v, tau, out=None, norms=None):
     return NotImplemented if _clip_step(u, v, out, tau, taus, norms) else out
 
 
-def apply(x, v, mean, gamma):
-    return NotImplemented if _apply(x, v, mean, gamma) else None
+def normalize_step(u, v, alpha, beta, out=None, norms=None):
+    out = np.empty(u.shape, u.dtype) if out is None else out
+    return NotImplemented if _normalize_step(u, v, out, alpha, beta, norms) else out
+
+
+def momentum_step(u, m, v, tau, beta, scale=1.0, out=None, norms=None):
+    tau, taus = (tau, None) if type(tau) is float else _thresholds(tau)
+    out = np.empty(u.shape, u.dtype) if out is None else out
+    return NotImplemented if _momentum_step(u, m, v, out, tau, taus, beta, scale, norms) else out
+
+
+def apply(x, v, mean, gamma, scale=1.0):
+    return NotImplemented if _apply(x, v, mean, gamma, scale) else None
 
 
 def row_sum(u, scale=1.0, out=None):
@@ -68,6 +81,74 @@ def _thresholds(tau) -> tuple[float, np.ndarray | None]:
 
 if not np.array_equal(norms(np.array([[3.0, 4.0], [5.0, 12.0]])), [5.0, 13.0]):
     raise OSError("this NumPy or Python keeps its arrays in another way than kernels/array.h says")
+
+
+# mpiclip.ops, the largest k: kernels/select.c
+
+_top_k = kernel("top_k", "anaa")
+_clip_step_top_k = kernel("clip_step_top_k", "aanraaaa")
+
+
+def top_k(u, k):
+    if not (results := _places_for(u, k)):
+        return NotImplemented
+    return NotImplemented if _top_k(u, k, *results) else results
+
+
+def clip_step_top_k(u, v, tau, k, norms=None):
+    if not (results := _places_for(u, k)):
+        return NotImplemented
+    tau, taus = (tau, None) if type(tau) is float else _thresholds(tau)
+    return NotImplemented if _clip_step_top_k(u, v, k, tau, taus, norms, *results) else results
+
+
+def _places_for(u, k) -> tuple[np.ndarray, np.ndarray] | None:
+    """Room for k indices and values of each row, which the kernels trust; None where k is none."""
+    if not (isinstance(k, int | np.integer) and u.ndim and 1 <= k <= u.shape[-1]):
+        return None
+    shape = (*u.shape[:-1], int(k))
+    return np.empty(shape, np.int32), np.empty(shape, u.dtype)
+
+
+# mpiclip.noise: kernels/noise.c
+
+_add_noise = kernel("add_noise", "ara")
+
+
+def add_noise(u, sigma, keys):
+    return NotImplemented if _add_noise(u, sigma, keys) else u
+
+
+# mpiclip.compressors: kernels/compress.c
+
+_pack = kernel("pack", "aia")
+_add_codes = kernel("add_codes", "aaia")
+_add_sparse = kernel("add_sparse", "aaa")
+_power_codes = kernel("power_codes", "aaaa")
+_level_codes = kernel("level_codes", "aaaia")
+
+
+def power_codes(u, r):
+    codes, bases = np.empty(u.shape, np.uint16), np.empty(len(u), np.int32)
+    return NotImplemented if _power_codes(u, r, codes, bases) else (codes, bases)
+
+
+def level_codes(u, r, scales, bits):
+    codes = np.empty(u.shape, np.uint16)
+    return NotImplemented if _level_codes(u, r, scales, bits, codes) else codes
+
+
+def pack(codes, bits):
+    rows = np.empty((len(codes), (bits * codes.shape[1] + 7) // 8), np.uint8)
+    return NotImplemented if _pack(codes, bits, rows) else rows
+
+
+def add_codes(v, rows, bits, tables):
+    return NotImplemented if _add_codes(v, rows, bits, tables) else None
+
+
+def add_sparse(v, indices, values):
+    return NotImplemented if _add_sparse(v, indices, values) else None
 
 
 # the memory's own limits, for `mpiclip bench kernels`: kernels/limits.c
@@ -88,12 +169,12 @@ def limit_update(a, b) -> None:
 
 # mpiclip.problems._linear_model: kernels/glm.c
 
-_linear_model = kernel("linear_model", "aaaaaaaaaaaaaaaiirn")
+_linear_model = kernel("linear_model", "aaaaaaaaaaaaaaaaiirrn")
 _LINKS = {"linear": 0, "logistic": 1}
 _REGULARIZERS = {"none": 0, "l2": 1, "nonconvex": 2}
 
 
-def linear_model(x, data, problem, batch=None, out=None, loss=True):
+def linear_model(x, data, problem, batch=None, out=None, loss=True, clip=None):
     link = _LINKS.get(problem.name)
     if link is None:
         return NotImplemented
@@ -101,9 +182,10 @@ def linear_model(x, data, problem, batch=None, out=None, loss=True):
     values, indices, indptr = (None if data.ones else a.data, a.indices, a.indptr) if sparse else (a, None, None)
     rows, offsets, denominators = batch or (None, data.offsets, data.denominators)
     by_column = None if batch else data.by_column
+    lengths = None if clip is None else data.lengths
     grad = np.empty((len(data.offsets) - 1, x.shape[-1]), x.dtype) if out is None else out
     losses = np.empty(len(grad)) if loss else None
-    failed = _linear_model(values, indices, indptr, *(by_column or (None,) * 4), data.y, rows, offsets, denominators,
-                           data.offsets, x, grad, losses, link, _REGULARIZERS[problem.regularizer], problem.lam,
-                           data.features)
+    failed = _linear_model(values, indices, indptr, *(by_column or (None,) * 4), data.y, lengths, rows, offsets,
+                           denominators, data.offsets, x, grad, losses, link, _REGULARIZERS[problem.regularizer],
+                           problem.lam, clip or 0.0, data.features)
     return NotImplemented if failed else (losses, grad)

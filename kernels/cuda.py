@@ -19,9 +19,13 @@ from .. import device
 THREADS = 256         # of a block
 PACKS = 4             # 16-byte loads of one array that a thread has in flight
 BLOCKS = 1024         # of a launch on long rows: about 8 for each multiprocessor of a large GPU
+SAMPLE = 4096         # numbers drawn from a row, to know about where its k-th largest lies, …
+SPARSENESS = 32       # … but no more than one in so many
 
 _FOLDER = Path(__file__).parent
 _REAL = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+_SOURCES = {"add_noise": "noise.cu", **dict.fromkeys(     # of the kernels that are not in ops.cu
+    ("sample", "collect", "count_digit", "count_taken", "place"), "select.cu")}
 _NULL = 0             # CuPy passes a Python int as 64 bits, a Python float as a double
 
 
@@ -36,13 +40,13 @@ def options(real: str) -> tuple[str, ...]:
 
 @functools.cache
 def _kernel(xp, name: str, dtype):
-    return _module(xp, dtype).get_function(name)
+    return _module(xp, _SOURCES.get(name, "ops.cu"), dtype).get_function(name)
 
 
 @functools.cache
-def _module(xp, dtype):
+def _module(xp, source: str, dtype):
     # CuPy writes the code to a file in the locale's encoding, which may not know our Greek: ASCII only.
-    return xp.RawModule(code='#include "ops.cu"', options=options(_REAL[dtype]))
+    return xp.RawModule(code=f'#include "{source}"', options=options(_REAL[dtype]))
 
 
 def _launch(u, name: str, blocks: int, *arguments) -> None:
@@ -129,15 +133,40 @@ def clip_step(u, v, tau, out=None, norms=None):
         return NotImplemented
     w, d, parts = _rows(u)
     out = device.xp(u).empty_like(u) if out is None else out
-    _launch(u, "clip_step", w * parts, u, v, _squares(u, v), *threshold, out, _NULL if norms is None else norms, d,
-            parts)
+    _launch(u, "clip_step", w * parts, u, v, _squares(u, v), *threshold, 0.0, out, _NULL if norms is None else norms,
+            d, parts)
     return out
 
 
-def apply(x, v, mean, gamma):
+def normalize_step(u, v, alpha, beta, out=None, norms=None):
+    if not (_known(u) and _like(v, u) and (out is None or _like(out, u)) and out is not v
+            and (norms is None or _norms_like(norms, u)) and alpha > 0 and beta >= 0):
+        return NotImplemented
+    w, d, parts = _rows(u)
+    out = device.xp(u).empty_like(u) if out is None else out
+    _launch(u, "clip_step", w * parts, u, v, _squares(u, v), _NULL, float(beta), float(alpha), out,
+            _NULL if norms is None else norms, d, parts)
+    return out
+
+
+def momentum_step(u, m, v, tau, beta, scale=1.0, out=None, norms=None):
+    if not (_known(u) and _like(m, u) and (v is None or _like(v, u)) and (out is None or _like(out, u))
+            and m is not v and out is not m and (out is None or out is not v)
+            and (norms is None or _norms_like(norms, u)) and (threshold := _threshold(tau, u))):
+        return NotImplemented
+    w, d, parts = _rows(u)
+    out = device.xp(u).empty_like(u) if out is None else out
+    v, norms = (_NULL if array is None else array for array in (v, norms))
+    sums = device.xp(u).empty(w * parts)
+    _launch(u, "squares_of_momentum", w * parts, u, m, v, float(beta), sums, d, parts)
+    _launch(u, "momentum_step", w * parts, u, m, v, sums, *threshold, float(beta), float(scale), out, norms, d, parts)
+    return out
+
+
+def apply(x, v, mean, gamma, scale=1.0):
     if not (x.dtype in _REAL and x.size > 0 and x.flags.c_contiguous and _like(v, x) and _like(mean, x)):
         return NotImplemented
-    _launch(x, "apply", parts(1, x.size, x.dtype.itemsize), x, v, mean, float(gamma), x.size)
+    _launch(x, "apply", parts(1, x.size, x.dtype.itemsize), x, v, mean, float(gamma), float(scale), x.size)
     return None
 
 
@@ -148,3 +177,61 @@ def row_sum(u, scale=1.0, out=None):
     out = device.xp(u).empty(d, u.dtype) if out is None else out
     _launch(u, "row_sum", parts(1, d, u.dtype.itemsize), u, float(scale), out, w, d)
     return out
+
+
+# --- mpiclip.ops, the largest k: kernels/select.cu --------------------------------------------------------------------
+
+
+def top_k(u, k):
+    return _select(u, None, k) if _known(u) and _count_known(u, k) else NotImplemented
+
+
+def clip_step_top_k(u, v, tau, k, norms=None):
+    if not (_known(u) and _count_known(u, k) and _like(v, u) and v is not u
+            and (norms is None or _norms_like(norms, u)) and (threshold := _threshold(tau, u))):
+        return NotImplemented
+    return _select(u, v, k, threshold, norms)
+
+
+def _count_known(u, k) -> bool:
+    return isinstance(k, int | np.integer) and 1 <= k <= u.shape[-1] < 2**31
+
+
+def _select(u, v, k, threshold=(_NULL, 0.0), norms=None):
+    xp, k, (w, d, parts) = device.xp(u), int(k), _rows(u)
+    warps, itemsize = w * parts * (THREADS // 32), u.dtype.itemsize
+    v, norms = (_NULL if array is None else array for array in (v, norms))
+
+    floors = xp.full(w, -1, f"i{itemsize}")         # of the candidates' keys
+    n, room = min(SAMPLE, d // SPARSENESS), 0
+    expected = k * n / d
+    rank = int(expected + 4 * expected**0.5 + 4)    # k of the row's numbers lie above the floor but for rare bad luck
+    if 4 * rank < n:                                # else too many are candidates for lists to be worth it
+        _launch(u, "sample", w, u, v, floors, d, n, rank)
+        room = 2 * rank * d * w // (n * warps) + 64
+
+    lists = xp.empty(warps * room, np.int32), xp.empty(warps * room, u.dtype)
+    found, totals, sums = xp.empty(warps, np.int32), xp.zeros(2 * w, np.int32), xp.empty(w * parts)
+    _launch(u, "collect", w * parts, u, v, floors, *lists, found, totals, sums, d, parts, room)
+    candidates = (u, v, *lists, found, totals)
+    histograms, taken = xp.zeros(itemsize * w * 256, np.int32), xp.empty(2 * warps, np.int32)
+    for digit in range(itemsize):
+        _launch(u, "count_digit", w * parts, *candidates, histograms, digit, k, w, d, parts, room)
+    _launch(u, "count_taken", w * parts, *candidates, histograms, taken, k, w, d, parts, room)
+    indices, values = xp.empty((*u.shape[:-1], k), np.int32), xp.empty((*u.shape[:-1], k), u.dtype)
+    _launch(u, "place", w * parts, *candidates, histograms, taken, sums, *threshold, norms, indices, values, k, w, d,
+            parts, room)
+    return indices, values
+
+
+# --- mpiclip.noise: kernels/noise.cu ----------------------------------------------------------------------------------
+
+
+def add_noise(u, sigma, keys):
+    if not (_known(u) and u.ndim == 2 and isinstance(keys, np.ndarray) and keys.dtype == np.uint64
+            and keys.shape == (len(u), 2) and 0 <= sigma <= float(np.finfo(u.dtype).max)):
+        return NotImplemented
+    if u.dtype.type(sigma) > 0:
+        w, d, parts = _rows(u)
+        _launch(u, "add_noise", w * parts, u, device.xp(u).asarray(np.ascontiguousarray(keys)), float(sigma), d, parts)
+    return u

@@ -9,6 +9,9 @@
        l2          r = ½ ‖x‖²                 r' = x
        nonconvex   r = Σ x_j² / (1 + x_j²)    r'_j = 2 x_j / (1 + x_j²)²
 
+   Where rows are clipped, ℓ'(z_r, b_r) counts min(1, C / (|ℓ'(z_r, b_r)| ‖a_r‖)) times: the norm of row r's gradient is
+   at most C.
+
    NumPy definition: mpiclip.problems._linear_model.linear_model.
 
    Sparse rows are read twice: for z, and for the sum. Over all rows both go column by column, where a copy of the rows
@@ -58,6 +61,7 @@ typedef struct {
     const int64_t *column_starts;
     const uint8_t *column_absent;       /* whether the column's list is of the rows that do not have it */
     const void *labels;                 /* (m,) */
+    const void *lengths;                /* ‖a_r‖ (m,); NULL: no row is clipped */
     const int64_t *rows;                /* a batch's rows, worker after worker; NULL: all rows */
     size d;
     int link;
@@ -136,12 +140,13 @@ static int are_rows(const array *rows, size m)
 }
 
 /* values: dense (m, d), or those of CSR, or None for a CSR of ones; indices, indptr: None if dense. A CSR is what
-   mpiclip.data has checked, and the four named column_… are Rows.by_column of it. rows: None, or a batch's. loss: an array to fill, or None. */
+   mpiclip.data has checked, and the four named column_… are Rows.by_column of it. lengths: Rows.lengths, or None: no
+   row is clipped. rows: None, or a batch's. loss: an array to fill, or None. */
 int linear_model(const array *values, const array *indices, const array *indptr, const array *column_rows,
                  const array *column_values, const array *column_starts, const array *column_absent,
-                 const array *labels, const array *rows, const array *offsets, const array *denominators,
-                 const array *owned, const array *x, const array *grad, const array *loss, int link, int regularizer,
-                 double lam, size features)
+                 const array *labels, const array *lengths, const array *rows, const array *offsets,
+                 const array *denominators, const array *owned, const array *x, const array *grad, const array *loss,
+                 int link, int regularizer, double lam, double clip, size features)
 {
     if (!is_float(x, READABLE) || x->ndim < 1 || x->ndim > 2 || !is_float(grad, WRITABLE) || grad->ndim != 2
         || !is_float(labels, READABLE) || labels->ndim != 1)
@@ -153,6 +158,7 @@ int linear_model(const array *values, const array *indices, const array *indptr,
     const size last = rows == none ? m : rows->ndim == 1 ? rows->shape[0] : 0;
     const int sparse = indptr != none;
     if (labels->dtype->number != number || !fits(grad, WRITABLE, number, &like_grad, 2)
+        || (lengths != none && !fits(lengths, READABLE, number, labels, 1))
         || (x->ndim == 2 && x->shape[0] != w)
         || (!sparse && !fits(values, READABLE, number, &like_values, 2))
         || (sparse && (!is_dense(indices, READABLE) || indices->dtype->number != INT32 || !is_dense(indptr, READABLE)
@@ -167,14 +173,14 @@ int linear_model(const array *values, const array *indices, const array *indptr,
         values == none ? NULL : values->data, sparse ? indices->data : NULL, sparse ? indptr->data : NULL,
         column_rows == none ? NULL : column_rows->data, column_values == none ? NULL : column_values->data,
         column_rows == none ? NULL : column_starts->data, column_rows == none ? NULL : column_absent->data,
-        labels->data, rows == none ? NULL : rows->data, d, link,
+        labels->data, lengths == none ? NULL : lengths->data, rows == none ? NULL : rows->data, d, link,
     };
     const size length = sparse && m ? a.indptr[m] / m + 1 : d;
 #define RUN(suffix) \
     run_##suffix((call_##suffix){ \
         .a = &a, .offsets = offsets->data, .owned = owned->data, .denominators = denominators->data, .x = x->data, \
         .w = w, .x_step = x->ndim == 2 ? d : 0, .features = features, .regularizer = regularizer, .lam = lam, \
-        .grad = grad->data, .loss = loss == none ? NULL : loss->data }, length)
+        .clip = clip, .grad = grad->data, .loss = loss == none ? NULL : loss->data }, length)
     return number == FLOAT32 ? RUN(f32) : RUN(f64);
 }
 
@@ -236,6 +242,15 @@ INLINE double NAME(logistic)(REAL *restrict z, const REAL *restrict b, size n, R
     for (size j = 0; j < n; j++)
         z[j] = -b[j] * scale * (z[j] > 0 ? e[j] : 1) / (1 + e[j]);
     return sum;
+}
+
+/* z, which is scale ℓ', times min(1, longest / (|z| ‖a_r‖)). What is infinite becomes NaN. */
+INLINE void NAME(shrink)(REAL *restrict z, const REAL *restrict lengths, size n, REAL longest)
+{
+    for (size j = 0; j < n; j++) {
+        REAL norm = (z[j] < 0 ? -z[j] : z[j]) * lengths[j];
+        z[j] *= longest / (norm > longest ? norm : longest);
+    }
 }
 
 /* Rows of CSR are read by fours, because an addition waits for the one before it, and not vectorised, because many CPUs
@@ -344,11 +359,12 @@ INLINE void NAME(dense_sum)(const samples *a, const int64_t *row, size n, const 
     (a->rows ? a->values ? function(__VA_ARGS__, 0, 0) : function(__VA_ARGS__, 0, 1) \
              : a->values ? function(__VA_ARGS__, 1, 0) : function(__VA_ARGS__, 1, 1))
 
-/* g = Σ scale ℓ'(a_rᵀ x, b_r) a_r over the places first … last − 1 in the list of rows; returns Σ ℓ, if wanted. */
-CPU_GENERATIONS static double NAME(part)(const samples *a, size first, size last, const REAL *x, REAL scale, REAL *g,
-                                         int loss)
+/* g = Σ scale ℓ'(a_rᵀ x, b_r) a_r over the places first … last − 1 in the list of rows, none longer than
+   `longest` where rows are clipped; returns Σ ℓ, if wanted. */
+CPU_GENERATIONS static double NAME(part)(const samples *a, size first, size last, const REAL *x, REAL scale,
+                                         REAL longest, REAL *g, int loss)
 {
-    const REAL *labels = a->labels;
+    const REAL *labels = a->labels, *lengths = a->lengths;
     int64_t row[BLOCK];
     REAL z[BLOCK], b[BLOCK];
     double sum = 0;
@@ -370,6 +386,11 @@ CPU_GENERATIONS static double NAME(part)(const samples *a, size first, size last
             NAME(dense_margins)(a, row, n, x, z);
         const REAL *b_j = a->rows ? b : labels + first;
         sum += a->link == LOGISTIC ? NAME(logistic)(z, b_j, n, scale, loss) : NAME(linear)(z, b_j, n, scale, loss);
+        if (lengths) {
+            for (size j = 0; a->rows && j < n; j++)
+                b[j] = lengths[row[j]];
+            NAME(shrink)(z, a->rows ? b : lengths + first, n, longest);
+        }
         if (a->indptr)
             BY_KIND(NAME(sparse_sum), a, row, n, z, g);
         else
@@ -378,10 +399,11 @@ CPU_GENERATIONS static double NAME(part)(const samples *a, size first, size last
     return sum;
 }
 
-/* The same for all rows of part q, of which there are n, by columns. labels: of these rows. */
-CPU_GENERATIONS static double NAME(part_by_columns)(const samples *a, size q, const REAL *labels, size n, const REAL *x,
-                                                    REAL scale, REAL *g, int loss)
+/* The same for all rows of part q, of which there are n from row `begin` on, by columns. */
+CPU_GENERATIONS static double NAME(part_by_columns)(const samples *a, size q, size begin, size n, const REAL *x,
+                                                    REAL scale, REAL longest, REAL *g, int loss)
 {
+    const REAL *labels = (const REAL *)a->labels + begin;
     const int64_t *start = a->column_starts + q * a->d;
     const uint16_t *row = a->column_rows;
     const REAL *values = a->column_values;
@@ -410,6 +432,8 @@ CPU_GENERATIONS static double NAME(part_by_columns)(const samples *a, size q, co
         sum += a->link == LOGISTIC ? NAME(logistic)(z + first, labels + first, count, scale, loss)
                                    : NAME(linear)(z + first, labels + first, count, scale, loss);
     }
+    if (a->lengths)
+        NAME(shrink)(z, (const REAL *)a->lengths + begin, n, longest);
 #pragma omp simd reduction(+ : total)
     for (size r = 0; r < n; r++)
         total += z[r];
@@ -469,7 +493,7 @@ typedef struct {
     const REAL *x;                      /* worker i's point is x + i x_step */
     size w, x_step, features;           /* so many coordinates, the first ones, are regularised */
     int regularizer;
-    double lam;
+    double lam, clip;
     REAL *grad;                         /* (w, d) */
     double *loss;                       /* (w,) or NULL */
     size *first, *of;
@@ -482,11 +506,11 @@ static void NAME(add_up)(const NAME(call) *c, size q)
     size i = c->of[q], k = q - c->first[i], parts = c->first[i + 1] - c->first[i];
     size begin = c->offsets[i], count = c->offsets[i + 1] - begin, d = c->a->d;
     size first = begin + count * k / parts, last = begin + count * (k + 1) / parts;
-    const REAL *x = c->x + i * c->x_step, scale = 1 / c->denominators[i];
+    const REAL *x = c->x + i * c->x_step, scale = 1 / c->denominators[i], longest = c->clip / c->denominators[i];
     REAL *g = k ? c->sums + (q - i - 1) * d : c->grad + i * d;
     c->losses[q] = c->a->column_rows
-        ? NAME(part_by_columns)(c->a, q, (const REAL *)c->a->labels + first, last - first, x, scale, g, c->loss != NULL)
-        : NAME(part)(c->a, first, last, x, scale, g, c->loss != NULL);
+        ? NAME(part_by_columns)(c->a, q, first, last - first, x, scale, longest, g, c->loss != NULL)
+        : NAME(part)(c->a, first, last, x, scale, longest, g, c->loss != NULL);
 }
 
 static void NAME(finish)(const NAME(call) *c, size i)

@@ -24,6 +24,8 @@ typedef ptrdiff_t size;
 enum {
     SMALL = 1 << 15,            /* less work than this is not worth a parallel region (a few µs) */
     CHUNK = 1 << 14,            /* a long vector is cut into chunks that do not depend on the number of threads */
+    LONG_ROW = 4 * CHUNK,       /* from here on the threads share a row; shorter rows are dealt out whole */
+    LANES = 32,                 /* enough independent sums to hide the latency of an addition */
 };
 
 #define JOIN_(name, suffix) name##_##suffix
@@ -40,12 +42,34 @@ static inline __attribute__((always_inline)) void fetch_ahead(const void *p, siz
         __builtin_prefetch((const char *)p + 2048 + k);
 }
 
+/* The sum of LANES sums. */
+static inline double sum_of(double *lane)
+{
+    for (int half = LANES / 2; half; half /= 2)
+        for (int l = 0; l < half; l++)
+            lane[l] += lane[l + half];
+    return lane[0];
+}
+
+/* kernels/ops.c: what shortens a row of this norm. */
+float factor_f32(double norm, double tau, double alpha);
+double factor_f64(double norm, double tau, double alpha);
+
 static inline size thread_number(void)
 {
 #ifdef _OPENMP
     return omp_get_thread_num();
 #else
     return 0;
+#endif
+}
+
+static inline size most_threads(void)
+{
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
 #endif
 }
 

@@ -16,21 +16,23 @@
 #include "kernels.h"
 
 enum {
-    LANES = 32,                     /* enough independent sums to hide the latency of an addition */
-    LONG_ROW = 4 * CHUNK,           /* from here on the threads share a row; shorter rows are dealt out whole */
     COLUMNS = 2048,                 /* row_sum: a piece of out that stays in the first-level cache */
     DECLINED = 1,
 };
 
 const void *ndarray, *none;
 
-static inline double sum_of(double *lane)
+static inline void *data(const array *a)
 {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int l = 0; l < half; l++)
-            lane[l] += lane[l + half];
-    return lane[0];
+    return a == none ? NULL : a->data;
 }
+
+/* What becomes of a row whose norm is known. */
+typedef struct {
+    double tau;
+    const double *taus;             /* a threshold for each row instead, or NULL */
+    double alpha, beta, scale;
+} constants;
 
 #define REAL float
 #define SUFFIX f32
@@ -41,46 +43,66 @@ static inline double sum_of(double *lane)
 #define SUFFIX f64
 #include "ops.c"
 
-/* v is NULL in clip, and c too in norms. */
-static int clip_rows(const array *u, const array *v, const array *c, double tau, const array *taus, const array *norms)
+/* m is None but in momentum_step, v is None in clip, and c too in norms. */
+static int clip_rows(const array *u, const array *m, const array *v, const array *c, constants k, const array *taus,
+                     const array *norms)
 {
     if (!is_float(u, READABLE) || u->ndim < 1 || u->ndim > 2)
         return DECLINED;
     int number = u->dtype->number, rows = u->ndim - 1;
-    if ((v && (v == c || !fits(v, WRITABLE, number, u, u->ndim))) || (c && !fits(c, WRITABLE, number, u, u->ndim))
-        || (taus != none && !fits(taus, READABLE, FLOAT64, u, rows))
+    const array *changed[] = {m, v, c};
+    for (int i = 0; i < 3; i++)
+        if (changed[i] != none && (changed[i] == changed[(i + 1) % 3] || !fits(changed[i], WRITABLE, number, u, u->ndim)))
+            return DECLINED;
+    if ((taus != none && !fits(taus, READABLE, FLOAT64, u, rows))
         || (norms != none && !fits(norms, WRITABLE, FLOAT64, u, rows)))
         return DECLINED;
-    return BY_DTYPE(u, clip_rows, u->data, v ? v->data : NULL, c ? c->data : NULL, tau,
-                    taus == none ? NULL : taus->data, norms == none ? NULL : norms->data,
-                    rows ? u->shape[0] : 1, u->shape[rows]);
+    k.taus = data(taus);
+    return BY_DTYPE(u, clip_rows, u->data, data(m), data(v), data(c), k, data(norms), rows ? u->shape[0] : 1,
+                    u->shape[rows]);
 }
 
 /* out_i = ‖u_i‖: ops.norms */
 int norms(const array *u, const array *out)
 {
-    return clip_rows(u, NULL, NULL, 0, none, out);
+    return clip_rows(u, none, none, none, (constants){0}, none, out);
 }
 
 /* out_i = u_i min(1, τ_i/‖u_i‖), norms_i = ‖u_i‖: ops.clip. τ_i is taus[i], or tau where taus is None. */
 int clip(const array *u, const array *out, double tau, const array *taus, const array *norms)
 {
-    return clip_rows(u, NULL, out, tau, taus, norms);
+    return clip_rows(u, none, none, out, (constants){.tau = tau}, taus, norms);
 }
 
 /* c_i = clip_τ(u_i − v_i), v_i += c_i, norms_i = ‖u_i − v_i‖: ops.clip_step */
 int clip_step(const array *u, const array *v, const array *c, double tau, const array *taus, const array *norms)
 {
-    return clip_rows(u, v, c, tau, taus, norms);
+    return v == none ? DECLINED : clip_rows(u, none, v, c, (constants){.tau = tau, .scale = 1}, taus, norms);
 }
 
-/* v += mean, x −= γ v: ops.apply */
-int apply(const array *x, const array *v, const array *mean, double gamma)
+/* c_i = β (u_i − v_i)/(α + ‖u_i − v_i‖), v_i += c_i, norms_i = ‖u_i − v_i‖: ops.normalize_step */
+int normalize_step(const array *u, const array *v, const array *c, double alpha, double beta, const array *norms)
+{
+    if (v == none || !(alpha > 0))
+        return DECLINED;
+    return clip_rows(u, none, v, c, (constants){.tau = beta, .alpha = alpha, .scale = 1}, none, norms);
+}
+
+/* m_i = (1 − β) m_i + β u_i, c_i = clip_τ(m_i − v_i), v_i += scale c_i, norms_i = ‖m_i − v_i‖: ops.momentum_step */
+int momentum_step(const array *u, const array *m, const array *v, const array *c, double tau, const array *taus,
+                  double beta, double scale, const array *norms)
+{
+    constants k = {.tau = tau, .beta = beta, .scale = scale};
+    return m == none ? DECLINED : clip_rows(u, m, v, c, k, taus, norms);
+}
+
+/* v += scale mean, x −= γ v: ops.apply */
+int apply(const array *x, const array *v, const array *mean, double gamma, double scale)
 {
     if (!is_float(x, WRITABLE) || x == v || !fits(v, WRITABLE, x->dtype->number, x, x->ndim)
         || !fits(mean, READABLE, x->dtype->number, x, x->ndim))
         return DECLINED;
-    BY_DTYPE(x, apply, x->data, v->data, mean->data, gamma, elements(x));
+    BY_DTYPE(x, apply, x->data, v->data, mean->data, gamma, scale, elements(x));
     return 0;
 }
 
@@ -133,6 +155,29 @@ CPU_GENERATIONS static double NAME(squares_of_difference)(const REAL *u, const R
     return sum_of(lane);
 }
 
+/* Σ_j (m_j − v_j)², m = keep m + take u; v may be NULL */
+CPU_GENERATIONS static double NAME(squares_of_momentum)(const REAL *u, const REAL *m, const REAL *v, REAL keep,
+                                                        REAL take, size n)
+{
+    double lane[LANES] = {0};
+    size j = 0;
+    for (; j + LANES <= n; j += LANES) {
+        fetch_ahead(u + j, LANES * sizeof(REAL));
+        fetch_ahead(m + j, LANES * sizeof(REAL));
+        if (v)
+            fetch_ahead(v + j, LANES * sizeof(REAL));
+        for (int l = 0; l < LANES; l++) {
+            double e = (REAL)(keep * m[j + l] + take * u[j + l] - (v ? v[j + l] : 0));
+            lane[l] += e * e;
+        }
+    }
+    for (int l = 0; j < n; j++, l++) {
+        double e = (REAL)(keep * m[j] + take * u[j] - (v ? v[j] : 0));
+        lane[l] += e * e;
+    }
+    return sum_of(lane);
+}
+
 /* c = factor u; c may be u */
 CPU_GENERATIONS static void NAME(scale)(const REAL *u, REAL factor, REAL *c, size n)
 {
@@ -152,27 +197,58 @@ CPU_GENERATIONS static void NAME(step)(const REAL *u, REAL *v, REAL factor, REAL
     }
 }
 
-/* min(1, τ/‖u‖), rounded towards zero; NaN for a norm that is not finite: ops.clip_factor */
-static REAL NAME(clip_factor)(double norm, double tau)
+/* m = keep m + take u, c = factor (m − v), v += scale c; c may be u */
+CPU_GENERATIONS static void NAME(momentum_step)(const REAL *u, REAL *m, REAL *v, REAL keep, REAL take, REAL factor,
+                                                REAL scale, REAL *c, size n)
+{
+#pragma omp simd
+    for (size j = 0; j < n; j++) {
+        REAL e = keep * m[j] + take * u[j];
+        m[j] = e;
+        e = factor * (e - v[j]);
+        c[j] = e;
+        v[j] += scale * e;
+    }
+}
+
+/* The same without v: c = factor m */
+CPU_GENERATIONS static void NAME(momentum)(const REAL *u, REAL *m, REAL keep, REAL take, REAL factor, REAL *c, size n)
+{
+#pragma omp simd
+    for (size j = 0; j < n; j++) {
+        REAL e = keep * m[j] + take * u[j];
+        m[j] = e;
+        c[j] = factor * e;
+    }
+}
+
+/* min(1, τ/‖u‖), or with α > 0 τ/(α + ‖u‖), rounded towards zero; NaN for a norm that is not finite: ops.clip_factor,
+   ops.normalize_step */
+REAL NAME(factor)(double norm, double tau, double alpha)
 {
     if (!isfinite(norm))
         return NAN;
-    if (!(norm > tau))
+    if (alpha == 0 && !(norm > tau))
         return 1;
-    double exact = tau / norm;
+    double exact = tau / (alpha + norm);
     REAL factor = exact;
     return factor > exact ? nextafter(factor, (REAL)0) : factor;
 }
 
 /* The first pass over a piece of a row, and the second. */
-static double NAME(measure)(const REAL *u, const REAL *v, size n)
+static double NAME(measure)(const REAL *u, const REAL *m, const REAL *v, double beta, size n)
 {
-    return v ? NAME(squares_of_difference)(u, v, n) : NAME(squares)(u, n);
+    return m ? NAME(squares_of_momentum)(u, m, v, 1 - beta, beta, n)
+         : v ? NAME(squares_of_difference)(u, v, n) : NAME(squares)(u, n);
 }
 
-static void NAME(shorten)(const REAL *u, REAL *v, REAL factor, REAL *c, size n)
+static void NAME(shorten)(const REAL *u, REAL *m, REAL *v, REAL factor, const constants *k, REAL *c, size n)
 {
-    if (v && !isnan(factor))
+    if (m && v && !isnan(factor))
+        NAME(momentum_step)(u, m, v, 1 - k->beta, k->beta, factor, k->scale, c, n);
+    else if (m && !isnan(factor))
+        NAME(momentum)(u, m, 1 - k->beta, k->beta, factor, c, n);
+    else if (v && !isnan(factor))
         NAME(step)(u, v, factor, c, n);
     else if (factor != 1)
         NAME(scale)(u, factor, c, n);
@@ -180,25 +256,25 @@ static void NAME(shorten)(const REAL *u, REAL *v, REAL factor, REAL *c, size n)
         memcpy(c, u, n * sizeof(REAL));
 }
 
-/* clip_rows above; v, c, taus and norms may be NULL. */
-static int NAME(clip_rows)(const REAL *u, REAL *v, REAL *c, double tau, const double *taus, double *norms, size w,
-                           size d)
+/* clip_rows above; m, v, c and norms may be NULL. */
+static int NAME(clip_rows)(const REAL *u, REAL *m, REAL *v, REAL *c, constants k, double *norms, size w, size d)
 {
-    if (!(tau >= 0))
+    if (!(k.tau >= 0))
         return DECLINED;
-    for (size i = 0; taus && i < w; i++)
-        if (!(taus[i] >= 0))
+    for (size i = 0; k.taus && i < w; i++)
+        if (!(k.taus[i] >= 0))
             return DECLINED;
 
     if (d < LONG_ROW) {
 #pragma omp parallel for schedule(static) if (w * d > SMALL)
         for (size i = 0; i < w; i++) {
-            REAL *v_i = v ? v + i * d : NULL;
-            double norm = sqrt(NAME(measure)(u + i * d, v_i, d));
+            REAL *m_i = m ? m + i * d : NULL, *v_i = v ? v + i * d : NULL;
+            double norm = sqrt(NAME(measure)(u + i * d, m_i, v_i, k.beta, d));
             if (norms)
                 norms[i] = norm;
             if (c)
-                NAME(shorten)(u + i * d, v_i, NAME(clip_factor)(norm, taus ? taus[i] : tau), c + i * d, d);
+                NAME(shorten)(u + i * d, m_i, v_i, NAME(factor)(norm, k.taus ? k.taus[i] : k.tau, k.alpha), &k,
+                              c + i * d, d);
         }
         return 0;
     }
@@ -211,22 +287,25 @@ static int NAME(clip_rows)(const REAL *u, REAL *v, REAL *c, double tau, const do
     {
         size first = chunks * thread_number() / thread_count(), last = chunks * (thread_number() + 1) / thread_count();
         for (size i = 0; i < w; i++) {
-            const REAL *u_i = u + i * d;
-            REAL *v_i = v ? v + i * d : NULL;
             double *part = sums + i % 2 * chunks, sum = 0;
-            for (size k = first; k < last; k++)
-                part[k] = NAME(measure)(u_i + k * CHUNK, v ? v_i + k * CHUNK : NULL, smaller(CHUNK, d - k * CHUNK));
+            for (size p = first; p < last; p++) {
+                size at = i * d + p * CHUNK;
+                part[p] = NAME(measure)(u + at, m ? m + at : NULL, v ? v + at : NULL, k.beta,
+                                        smaller(CHUNK, d - p * CHUNK));
+            }
 #pragma omp barrier
-            for (size k = 0; k < chunks; k++)
-                sum += part[k];
+            for (size p = 0; p < chunks; p++)
+                sum += part[p];
             double norm = sqrt(sum);
             if (norms && first == 0 && last > 0)
                 norms[i] = norm;
             if (c) {
-                REAL factor = NAME(clip_factor)(norm, taus ? taus[i] : tau);
-                for (size k = last; k-- > first;)       /* backwards: the cache holds what the first pass read last */
-                    NAME(shorten)(u_i + k * CHUNK, v ? v_i + k * CHUNK : NULL, factor, c + i * d + k * CHUNK,
-                                  smaller(CHUNK, d - k * CHUNK));
+                REAL factor = NAME(factor)(norm, k.taus ? k.taus[i] : k.tau, k.alpha);
+                for (size p = last; p-- > first;) {     /* backwards: the cache holds what the first pass read last */
+                    size at = i * d + p * CHUNK;
+                    NAME(shorten)(u + at, m ? m + at : NULL, v ? v + at : NULL, factor, &k, c + at,
+                                  smaller(CHUNK, d - p * CHUNK));
+                }
             }
         }
     }
@@ -234,20 +313,20 @@ static int NAME(clip_rows)(const REAL *u, REAL *v, REAL *c, double tau, const do
     return 0;
 }
 
-CPU_GENERATIONS static void NAME(apply_block)(REAL *x, REAL *v, const REAL *mean, REAL gamma, size n)
+CPU_GENERATIONS static void NAME(apply_block)(REAL *x, REAL *v, const REAL *mean, REAL gamma, REAL scale, size n)
 {
 #pragma omp simd
     for (size j = 0; j < n; j++) {
-        v[j] += mean[j];
+        v[j] += scale * mean[j];
         x[j] -= gamma * v[j];
     }
 }
 
-static void NAME(apply)(REAL *x, REAL *v, const REAL *mean, double gamma, size n)
+static void NAME(apply)(REAL *x, REAL *v, const REAL *mean, double gamma, double scale, size n)
 {
 #pragma omp parallel for schedule(static) if (n > SMALL)
     for (size k = 0; k < n; k += CHUNK)
-        NAME(apply_block)(x + k, v + k, mean + k, gamma, smaller(CHUNK, n - k));
+        NAME(apply_block)(x + k, v + k, mean + k, gamma, scale, smaller(CHUNK, n - k));
 }
 
 /* n columns of w rows that lie `pitch` elements apart */

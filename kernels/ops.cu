@@ -20,12 +20,25 @@ KERNEL squares(const REAL* u, const REAL* v, double* sums, int64 d, int64 parts)
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// ‖·‖ of the row, from its blocks' sums: every block adds them itself, in the same order; no third kernel in between.
-__device__ double row_norm(const double* sums, Share s)
+// mpiclip.ops.momentum_step, first half: Σ_j (m_ij − v_ij)² with m_ij = (1 − β) m_ij + β u_ij; without v, Σ_j m_ij².
+KERNEL squares_of_momentum(const REAL* u, const REAL* m, const REAL* v, double beta, double* sums, int64 d,
+                           int64 parts)
 {
+    const Share s = share(parts);
+    const REAL keep = 1 - beta, take = beta;
     double sum = 0;
-    for (int64 k = threadIdx.x; k < s.parts; k += THREADS) sum += sums[s.row * s.parts + k];
-    return sqrt(block_sum(sum));
+    if (v)
+        sweep<3, 0>({u, m, v}, nullptr, d, s, [&](const REAL* x, REAL*) {
+            const double difference = (keep * x[1] + take * x[0]) - x[2];
+            sum = fma(difference, difference, sum);
+        });
+    else
+        sweep<2, 0>({u, m}, nullptr, d, s, [&](const REAL* x, REAL*) {
+            const double momentum = keep * x[1] + take * x[0];
+            sum = fma(momentum, momentum, sum);
+        });
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 // mpiclip.ops.norms, second half: norms_i = ‖u_i‖. One block a row.
@@ -35,50 +48,63 @@ KERNEL norms(const double* sums, double* norms, int64 parts)
     if (threadIdx.x == 0) norms[blockIdx.x] = norm;
 }
 
-// mpiclip.ops.clip_factor: min(1, τ_i/‖·‖) rounded towards zero. NaN for a row that is not finite, and for a τ that is
-// no threshold: nobody can look at a τ_i in device memory before the launch without waiting for the device.
-__device__ REAL clip_factor(const double* sums, const double* taus, double tau, double* norms, Share s)
-{
-    const double norm = row_norm(sums, s);
-    if (norms && s.part == 0 && threadIdx.x == 0) norms[s.row] = norm;
-    if (taus) tau = taus[s.row];
-    if (!(isfinite(norm) && tau >= 0)) return nan("");
-    const double exact = norm > tau ? tau / norm : 1;
-    const REAL factor = exact;
-    return factor > exact ? nextafter(factor, REAL(0)) : factor;
-}
-
 // mpiclip.ops.clip, second half: c_i = u_i min(1, τ_i/‖u_i‖). c may be u: a row within τ is not written then.
 KERNEL clip(const REAL* u, const double* sums, const double* taus, double tau, REAL* c, double* norms,
             int64 d, int64 parts)
 {
     const Share s = share(parts);
-    const REAL factor = clip_factor(sums, taus, tau, norms, s);
+    const REAL factor = row_factor(sums, taus, tau, 0, norms, s);
     if (factor == 1 && c == u) return;
     REAL* const out[] = {c};
     sweep<1, 1>({u}, out, d, s, [&](const REAL* x, REAL* y) { y[0] = x[0] * factor; });
 }
 
-// mpiclip.ops.clip_step, second half: c_i = (u_i − v_i) min(1, τ_i/‖u_i − v_i‖), v_i += c_i; c may be u.
-KERNEL clip_step(const REAL* u, REAL* v, const double* sums, const double* taus, double tau, REAL* c, double* norms,
-                 int64 d, int64 parts)
+// mpiclip.ops.clip_step and normalize_step, second half: c_i = factor (u_i − v_i), v_i += c_i; c may be u. α = 0 clips.
+KERNEL clip_step(const REAL* u, REAL* v, const double* sums, const double* taus, double tau, double alpha, REAL* c,
+                 double* norms, int64 d, int64 parts)
 {
     const Share s = share(parts);
-    const REAL factor = clip_factor(sums, taus, tau, norms, s);
-    const bool clipped = !isnan(factor);                // else v_i stays
+    const REAL factor = row_factor(sums, taus, tau, alpha, norms, s);
+    const bool finite = !isnan(factor);                 // else v_i stays
     REAL* const out[] = {c, v};
     sweep<2, 2>({u, v}, out, d, s, [&](const REAL* x, REAL* y) {
         y[0] = (x[0] - x[1]) * factor;
-        y[1] = clipped ? x[1] + y[0] : x[1];
+        y[1] = finite ? x[1] + y[0] : x[1];
     });
 }
 
-// mpiclip.ops.apply: v += mean, x −= γ v. The arrays are taken as one row.
-KERNEL apply(REAL* x, REAL* v, const REAL* mean, double gamma, int64 size)
+// mpiclip.ops.momentum_step, second half: m_i = (1 − β) m_i + β u_i, c_i = (m_i − v_i) min(1, τ_i/‖m_i − v_i‖),
+// v_i += scale c_i; c may be u. Without v, c_i = m_i min(1, τ_i/‖m_i‖).
+KERNEL momentum_step(const REAL* u, REAL* m, REAL* v, const double* sums, const double* taus, double tau, double beta,
+                     double scale, REAL* c, double* norms, int64 d, int64 parts)
+{
+    const Share s = share(parts);
+    const REAL factor = row_factor(sums, taus, tau, 0, norms, s), keep = 1 - beta, take = beta, part = scale;
+    const bool finite = !isnan(factor);                 // else m_i and v_i stay
+    if (v) {
+        REAL* const out[] = {m, c, v};
+        sweep<3, 3>({u, m, v}, out, d, s, [&](const REAL* x, REAL* y) {
+            const REAL momentum = keep * x[1] + take * x[0];
+            y[0] = finite ? momentum : x[1];
+            y[1] = (momentum - x[2]) * factor;
+            y[2] = finite ? x[2] + part * y[1] : x[2];
+        });
+    } else {
+        REAL* const out[] = {m, c};
+        sweep<2, 2>({u, m}, out, d, s, [&](const REAL* x, REAL* y) {
+            const REAL momentum = keep * x[1] + take * x[0];
+            y[0] = finite ? momentum : x[1];
+            y[1] = momentum * factor;
+        });
+    }
+}
+
+// mpiclip.ops.apply: v += scale mean, x −= γ v. The arrays are taken as one row.
+KERNEL apply(REAL* x, REAL* v, const REAL* mean, double gamma, double scale, int64 size)
 {
     REAL* const out[] = {v, x};
     sweep<3, 2>({x, v, mean}, out, size, share(gridDim.x), [&](const REAL* a, REAL* y) {
-        y[0] = a[1] + a[2];
+        y[0] = a[1] + REAL(scale) * a[2];
         y[1] = a[0] - REAL(gamma) * y[0];
     });
 }

@@ -91,3 +91,25 @@ __device__ double block_sum(double x)
     for (int k = 0; k < THREADS / 32; k++) sum += warps[k];
     return sum;
 }
+
+// ‖·‖ of the row, from its blocks' sums: every block adds them itself, in the same order; no third kernel in between.
+__device__ double row_norm(const double* sums, Share s)
+{
+    double sum = 0;
+    for (int64 k = threadIdx.x; k < s.parts; k += THREADS) sum += sums[s.row * s.parts + k];
+    return sqrt(block_sum(sum));
+}
+
+// mpiclip.ops.clip_factor: min(1, τ_i/‖·‖), or with α > 0 that of ops.normalize_step, τ/(α + ‖·‖), rounded towards zero.
+// NaN for a row that is not finite, and for a τ that is no threshold: nobody can look at a τ_i in device memory before
+// the launch without waiting for the device.
+__device__ REAL row_factor(const double* sums, const double* taus, double tau, double alpha, double* norms, Share s)
+{
+    const double norm = row_norm(sums, s);
+    if (norms && s.part == 0 && threadIdx.x == 0) norms[s.row] = norm;
+    if (taus) tau = taus[s.row];
+    if (!(isfinite(norm) && tau >= 0)) return nan("");
+    const double exact = alpha > 0 || norm > tau ? tau / (alpha + norm) : 1;
+    const REAL factor = exact;
+    return factor > exact ? nextafter(factor, REAL(0)) : factor;
+}

@@ -20,6 +20,7 @@ from . import device, methods, ops
 from .aggregation import Aggregation
 from .comm import Comm, world
 from .errors import InputError
+from .noise import add_noise, keys
 from .server import Server
 from .streams import stream
 from .version import __version__
@@ -66,8 +67,9 @@ def race(entrants: dict[str, Callable], comm: Comm, seconds: float = 2.0) -> dic
 
 
 def kernels(comm: Comm) -> list[dict]:
-    """clip_step, clip, apply and row_sum at d = 10⁷ and 5·10⁷, float32: milliseconds, the share of the memory limit,
-    and the ratio to the NumPy definitions."""
+    """clip_step, clip, apply, row_sum, add_noise, top_k and clip_step_top_k with k = d/100 at d = 10⁷ and 5·10⁷,
+    float32: milliseconds, the share of the memory limit, and the ratio to the NumPy definitions; of add_noise, to
+    NumPy's own normal numbers; of the largest k, to NumPy's argpartition."""
     gpu = device.cupy()
     if gpu is None and not device.compiled():
         raise InputError("bench kernels: the C kernels are not compiled and there is no GPU: nothing to compare")
@@ -85,6 +87,7 @@ def _cpu_kernels(comm: Comm, d: int) -> list[dict]:
     for name, compiled, definition in _checks(g[:99_991], v[:99_991]):
         np.testing.assert_allclose(compiled, definition, rtol=1e-5, atol=1e-6, err_msg=name)
     shorter = (float(ops.norms(spare)) * 0.9999**k for k in count(1))      # every call clips a little more
+    key, generator = keys(b"bench", "noise", [0], 0), np.random.Generator(np.random.SFC64(0))
     result = race({
         "read 2 arrays": lambda: cpu.limit_read(g, v),
         "update 2 arrays": lambda: cpu.limit_update(x, spare),
@@ -98,9 +101,16 @@ def _cpu_kernels(comm: Comm, d: int) -> list[dict]:
         "apply, NumPy": lambda: ops.apply.definition(x, v, g, 0.1),
         "row_sum of 2": lambda: ops.row_sum(pair, 0.5, out=spare),
         "row_sum of 2, NumPy": lambda: ops.row_sum.definition(pair, 0.5, out=spare),
+        "add_noise": lambda: add_noise(x[None], 0.1, key),
+        "standard_normal, NumPy": lambda: generator.standard_normal(dtype=np.float32, out=spare),
+        "top_k": lambda: ops.top_k(g, d // 100),
+        "clip_step_top_k": lambda: ops.clip_step_top_k(g, v, 1.0, d // 100),
+        "argpartition, NumPy": lambda: np.argpartition(np.abs(g), d - d // 100),
         **_torch_clip(spare, shorter, "cpu")}, comm)
     limit = result["read 2 arrays"] + result["update 2 arrays"]
-    return _lines(d, result, {"clip_step": limit, "clip_step, NumPy": limit})
+    return _lines(d, result, {"clip_step": limit, "clip_step, NumPy": limit,
+                              "add_noise": result["standard_normal, NumPy"],
+                              **dict.fromkeys(("top_k", "clip_step_top_k"), result["argpartition, NumPy"])})
 
 
 def _checks(u, v):
@@ -110,6 +120,11 @@ def _checks(u, v):
         a, b = v.copy(), v.copy()
         yield "clip_step", ops.clip_step(u, a, tau), ops.clip_step.definition(u, b, tau)
         yield "clip_step: v", a, b
+        yield from zip(("clip_step_top_k: indices", "clip_step_top_k"), ops.clip_step_top_k(u, v.copy(), tau, 999),
+                       ops.clip_step_top_k.definition(u, v.copy(), tau, 999), strict=True)
+    yield from zip(("top_k: indices", "top_k"), ops.top_k(u, 999), ops.top_k.definition(u, 999), strict=True)
+    key = keys(b"bench", "noise", [0], 0)
+    yield "add_noise", add_noise(u.copy()[None], 0.1, key), add_noise.definition(u.copy()[None], 0.1, key)
 
 
 def _torch_clip(u, shorter, where: str) -> dict[str, Callable]:
@@ -133,6 +148,7 @@ def _gpu_kernels(comm: Comm, cupy, d: int) -> list[dict]:
     for name, compiled, definition in _checks(g[:99_991], v[:99_991]):
         cupy.testing.assert_allclose(compiled, definition, rtol=1e-5, atol=1e-6, err_msg=name)
     shorter = (float(ops.norms(spare)) * 0.9999**k for k in count(1))
+    key = keys(b"bench", "noise", [0], 0)
 
     def timed(call):
         def run():
@@ -147,9 +163,16 @@ def _gpu_kernels(comm: Comm, cupy, d: int) -> list[dict]:
         "clip, active": lambda: ops.clip(spare, next(shorter), out=spare),
         "clip, inactive": lambda: ops.clip(g, 1e30, out=g),
         "apply": lambda: ops.apply(x, v, g, 0.1),
+        "add_noise": lambda: add_noise(x[None], 0.1, key),
+        "standard_normal, CuPy": lambda: random.standard_normal(out=spare, dtype=np.float32),
+        "top_k": lambda: ops.top_k(g, d // 100),
+        "clip_step_top_k": lambda: ops.clip_step_top_k(g, v, 1.0, d // 100),
+        "argpartition, CuPy": lambda: cupy.argpartition(cupy.abs(g), d - d // 100),
         **_torch_clip(spare, shorter, "cuda")}.items()}, comm)
     limit = 3 * result["copy an array"]
-    return _lines(d, result, {"clip_step": limit, "clip_step, plain CuPy": limit})
+    return _lines(d, result, {"clip_step": limit, "clip_step, plain CuPy": limit,
+                              "add_noise": result["standard_normal, CuPy"],
+                              **dict.fromkeys(("top_k", "clip_step_top_k"), result["argpartition, CuPy"])})
 
 
 def _lines(d: int, result: dict[str, float], limits: dict[str, float]) -> list[dict]:
@@ -193,7 +216,7 @@ def _exchange(comm: Comm, d: int) -> list[dict]:
 def _clip21_round(server: Server, g_i) -> Callable:
     """A round of Clip21 whose gradient costs nothing: what is in g_i. Its norm is checked, and the ranks agree."""
     method = methods.Clip21(tau=1.0, stepsize=0.1)
-    free = SimpleNamespace(loss_grad=lambda x, data, batch, out, loss: (None, out))
+    free = SimpleNamespace(loss_grad=lambda x, data, batch, out, loss, clip: (None, out))
     comm = server.comm
     workers = Workers(free, None, None, np.array([comm.rank]), server.d, "float32", server.device, comm, g_i, 0, None,
                       comm.size, False)

@@ -1,10 +1,12 @@
 """Data sets: one HDF5 file, of which each rank reads the rows of its own workers.
 
-    attributes    format, version, package (that wrote it), sources, features, rows, digest (SHA-256 of all numbers)
+    attributes    format, version (2: images; else 1), package (that wrote it), sources, features, rows,
+                  digest (SHA-256 of all numbers)
     classes       (C,) the distinct labels; absent if they are not integers or more than 1000
     train, test   groups (test may be absent), each with
         y         (N,) float64, labels as found
-        x         (N, p) float32 or float64: a dense set; or as CSR, attribute shape = (N, p):
+        x         (N, p) float32 or float64: a dense set; or (N, p) uint8: images, whose pixels count as v/255, with
+                  the attribute image = (height, width, …), of the product p; or as CSR, attribute shape = (N, p):
         indptr    (N+1,) int64;  indices (nnz,) int32;  data (nnz,) float32 or float64
 
 All arrays are contiguous, so that a slice of rows is a slice of the file. Files are opened without HDF5 locks, which
@@ -23,7 +25,7 @@ from mpiclip import splits
 from mpiclip.errors import InputError
 from mpiclip.version import __version__
 
-FORMAT, VERSION = "mpiclip data", 1
+FORMAT, VERSIONS = "mpiclip data", (1, 2)
 BLOCK = 1 << 21  # numbers held beside a rank's own while reading or writing: 16 MiB of float64
 MOST_CLASSES = 1000
 
@@ -122,6 +124,8 @@ def info(file) -> str:
             group, (rows, features) = f[name], _shape(f[name])
             values = group["x"] if "x" in group else group["data"]
             kind = "dense" if "x" in group else f"sparse, {values.size} non-zeros ({values.size / rows / features:.2%})"
+            if "image" in group.attrs:
+                kind = f"images of {' × '.join(map(str, group.attrs['image']))}, scaled to [0, 1] when read"
             lines.append(f"{name:5}  {rows} rows, {features} features, {values.dtype}, {kind}")
             lines.append(f"       {_describe(group['y'][:])}")
     return "\n".join(lines)
@@ -142,11 +146,12 @@ def check_destination(dest) -> None:
             raise InputError(f"{dest}: exists and is not an mpiclip data file, so it is not overwritten") from None
 
 
-def write(dest, sources, train, test=None) -> None:
+def write(dest, sources, train, test=None, image=None) -> None:
     """Write a data file under a temporary name, then rename it: a reader finds the old file or the new one, never half.
 
     `train` and `test` are (x, y): x an array (N, p), stored dense, or a SciPy CSR matrix, stored dense, too, if at
-    least half of the training set's numbers are there; y (N,) float64. x is stored as float32 if that is exact."""
+    least half of the training set's numbers are there; y (N,) float64. x is stored as float32 if that is exact. Where
+    `image` is the shape of a row, x is uint8 and is stored so; a reader gets numbers from 0 to 1."""
     x, _ = train
     dense = isinstance(x, np.ndarray) or 2 * x.nnz >= x.shape[0] * x.shape[1]
     parts = {"train": train} if test is None else {"train": train, "test": test}
@@ -159,10 +164,13 @@ def write(dest, sources, train, test=None) -> None:
                 group = f.create_group(name)
                 group["y"] = y
                 digest.update(y.data)
+                if image is not None:
+                    group.attrs["image"] = image
                 (_write_dense if dense else _write_csr)(group, x, digest)
             if len(classes) <= MOST_CLASSES and np.array_equal(classes, np.round(classes)):
                 f["classes"] = classes
-            f.attrs.update(format=FORMAT, version=VERSION, package=__version__, sources=[str(s) for s in sources])
+            version = VERSIONS[0 if image is None else 1]
+            f.attrs.update(format=FORMAT, version=version, package=__version__, sources=[str(s) for s in sources])
             f.attrs.update(features=x.shape[1], rows=len(train[1]), digest=digest.hexdigest())
         _sync(temporary)
         os.replace(temporary, dest)
@@ -197,8 +205,9 @@ def _open(file):
         with h5py.File(file, "r", locking=False) as f:
             if f.attrs.get("format") != FORMAT:
                 raise InputError(f"{file}: not a data file of mpiclip; make one: mpiclip data import SOURCE DEST.h5")
-            if f.attrs["version"] != VERSION:
-                raise InputError(f"{file}: layout version {f.attrs['version']}, expected {VERSION}; import it again")
+            if f.attrs["version"] not in VERSIONS:
+                known = " or ".join(map(str, VERSIONS))
+                raise InputError(f"{file}: layout version {f.attrs['version']}, expected {known}; import it again")
             yield f
     except (OSError, KeyError, RuntimeError) as error:
         if getattr(error, "errno", None):
@@ -253,6 +262,8 @@ def _read_dense(group, rows, dtype):
     for at in _blocks(rows, np.arange(count + 1) * features):
         wanted = rows[at]
         x[at] = source[wanted[0] : wanted[-1] + 1][wanted - wanted[0]]
+    if "image" in group.attrs:
+        x /= 255
     return x
 
 
@@ -303,7 +314,8 @@ def _describe(y) -> str:
 
 
 def _write_dense(group, x, digest) -> None:
-    target = group.create_dataset("x", x.shape, _smallest(x if isinstance(x, np.ndarray) else x.data))
+    numbers = x if isinstance(x, np.ndarray) else x.data
+    target = group.create_dataset("x", x.shape, np.uint8 if "image" in group.attrs else _smallest(numbers))
     step = max(1, BLOCK // x.shape[1])
     for start in range(0, x.shape[0], step):
         block = x[start : start + step]

@@ -3,6 +3,8 @@
 libsvm   text, "label index:value …" per line, indices from 1 and ascending; also .gz, .bz2, .xz
 csv      numbers separated by commas, with or without a header line; also .gz, .bz2, .xz
 npz      NumPy's archive: an array (rows, features) named X, x or data, and its labels y, target or labels
+idx      images and labels of MNIST and its like, in a file each, of bytes; also .gz, .bz2, .xz. A file starts with two
+         zeros, 8 for bytes and its number of axes: 1 in a file of labels, 3 (rows, height, width) or so of images
 """
 
 import bz2
@@ -10,11 +12,14 @@ import csv
 import gzip
 import itertools
 import lzma
+import math
 import os
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,49 +28,97 @@ from mpiclip.errors import InputError
 
 OPEN: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+IDX_BYTES = b"\0\0\x08"
+
+
+@dataclass
+class Part:
+    """The rows of one source, or of one that has images and another that has their labels."""
+
+    source: str
+    x: Any                              # (rows, features): an array, or a SciPy CSR matrix
+    y: np.ndarray                       # (rows,) float64
+    image: tuple[int, ...] | None       # the shape of a row whose features are the bytes of an image
 
 
 def import_file(sources, dest, format=None, test=(), features=None, label=None) -> None:
     """Write the rows of all `sources`, one after the other, to the data file `dest`, and beside them those of `test`.
 
-    `format` is libsvm, csv or npz; if None, each file's name tells (libsvm unless it says .csv or .npz). `features`
+    `format` is libsvm, csv, npz or idx; if None, each file tells: by its name if that says .csv or .npz, as idx by its
+    first bytes; else it is libsvm. Files of images and of labels pair up in the order in which they stand. `features`
     forces the number of features, for libsvm files whose highest index may lie below it; if None, the highest index of
     all `sources` counts. `label` is the label column of csv files, by name or by number from 1; if None, the last.
     InputError names the file, and the line or row where there is one."""
     if features is not None and features < 1:
         raise InputError(f"features: found {features}, expected at least 1")
     data.check_destination(dest)
-    train_parts = [(source, *_read(source, format, label)) for source in sources]
-    test_parts = [(source, *_read(source, format, label)) for source in test]
-    width = features or max(x.shape[1] for _, x, _ in train_parts)
-    for source, x, _ in train_parts + test_parts:
-        _check_width(source, x, width, forced=features is not None)
-    sparse = not all(isinstance(x, np.ndarray) for _, x, _ in train_parts + test_parts)
+    train_parts, test_parts = (_read_all(files, format, label) for files in (sources, test))
+    parts = train_parts + test_parts
+    width = features or max(part.x.shape[1] for part in train_parts)
+    for part in parts:
+        _check_width(part, width, forced=features is not None)
+        if part.image != parts[0].image:
+            shapes = ["numbers" if image is None else " × ".join(map(str, image)) for image in
+                      (part.image, parts[0].image)]
+            raise InputError(f"{part.source}: found {shapes[0]}, expected {shapes[1]} as in {parts[0].source}")
+    sparse = not all(isinstance(part.x, np.ndarray) for part in parts)
     train = _join(train_parts, width, sparse)
-    data.write(dest, [*sources, *test], train, _join(test_parts, width, sparse) if test else None)
+    data.write(dest, [*sources, *test], train, _join(test_parts, width, sparse) if test else None, parts[0].image)
+
+
+def _read_all(sources, format, label) -> list[Part]:
+    """The rows of these files, checked. Images come after all other rows."""
+    parts: list[Part] = []
+    images: list[tuple[str, np.ndarray]] = []
+    labels: list[tuple[str, np.ndarray]] = []
+    for source in sources:
+        found = _read(source, format, label)
+        if isinstance(found, tuple):
+            x, y = _checked(source, *found)
+            parts.append(Part(source, x, y, None))
+        else:
+            (labels if found.ndim == 1 else images).append((source, found))
+    for pair in itertools.zip_longest(images, labels):
+        if None in pair:
+            alone, other = ("images", "labels") if pair[1] is None else ("labels", "images")
+            source, _ = pair[0] or pair[1]
+            raise InputError(f"{source}: {alone} without {other}; expected an idx file of {other} beside it, which "
+                             f"starts with the bytes 00 00 08 {'01' if other == 'labels' else '03'}")
+        (source, x), (label_source, y) = pair
+        if len(x) != len(y):
+            raise InputError(f"{label_source}: {len(y)} labels, expected {len(x)}, one for each image of {source}")
+        image = x.shape[1:]
+        x, y = _checked(source, x.reshape(len(x), math.prod(image)), y.astype(np.float64))
+        parts.append(Part(source, x, y, image))
+    return parts
 
 
 def _read(source, format, label):
-    """(x, y) of one source, checked: x (rows, features) an array or SciPy CSR matrix, y (rows,) float64, all finite."""
+    """(x, y) of one source: x (rows, features) an array or SciPy CSR matrix, y (rows,) float64. Of an idx file its one
+    array, of bytes."""
     stem, suffix = os.path.splitext(source)
     kind = format or os.path.splitext(stem if suffix in OPEN else source)[1][1:]
-    if kind not in READERS:
-        if format is not None:
-            raise InputError(f"format: found {format!r}, expected one of {', '.join(READERS)}")
-        kind = "libsvm"
-    if label is not None and kind != "csv":
-        raise InputError(f"label: found {label!r}, but {source} is {kind}, not csv")
-    read, expected = READERS[kind]
+    if kind not in READERS and format is not None:
+        raise InputError(f"format: found {format!r}, expected one of {', '.join(READERS)}")
     try:
         with OPEN.get(suffix, open)(source, "rb") as file:
+            if kind not in READERS:
+                kind = "idx" if file.peek(3)[:3] == IDX_BYTES else "libsvm"
+            if label is not None and kind != "csv":
+                raise InputError(f"label: found {label!r}, but {source} is {kind}, not csv")
+            read, expected = READERS[kind]
             lines = _Lines(file)
             try:
-                x, y = read(lines, label)
+                return read(lines, label)
             except (ValueError, OverflowError) as error:
                 where = f"{source} line {lines.number}" if lines.number else source
                 raise InputError(f"{where}: {_short(error)}; {kind} expects {expected}") from None
     except UNREADABLE as error:
         raise InputError(f"{source}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _checked(source, x, y):
+    """x and y, which have rows, features and finite numbers; else InputError."""
     if 0 in x.shape:
         raise InputError(f"{source}: found {x.shape[0]} rows and {x.shape[1]} features, expected at least one of each")
     if not np.isfinite(y).all():
@@ -146,17 +199,30 @@ def _npz(lines, label):
     return x, y.astype(np.float64)
 
 
+def _idx(lines, label):
+    content = lines.read()
+    axes = content[3] if len(content) > 3 else 0
+    start = 4 + 4 * axes
+    if content[:3] != IDX_BYTES or not axes or len(content) < start:
+        raise ValueError(f"the first bytes are {content[:4].hex(' ') or 'missing'}")
+    shape = np.frombuffer(content, ">u4", axes, 4).tolist()
+    if len(content) != start + math.prod(shape):
+        raise ValueError(f"found {len(content) - start} bytes for {' × '.join(map(str, shape))}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
 NPZ_NAMES = ("X", "x", "data"), ("y", "target", "labels")
 
 READERS: dict[str, tuple[Callable, str]] = {
     "libsvm": (_libsvm, "lines of 'label index:value …', indices from 1 and ascending"),
     "csv": (_csv, "lines of numbers, separated by commas, after at most one header line"),
     "npz": (_npz, "numbers X (rows, features) and y (rows,)"),
+    "idx": (_idx, "00 00 08, the number of axes, their sizes and a byte for each element"),
 }
 
 
-def _check_width(source, x, width, forced) -> None:
-    found = x.shape[1]
+def _check_width(part, width, forced) -> None:
+    source, x, found = part.source, part.x, part.x.shape[1]
     if isinstance(x, np.ndarray):
         if found != width:
             raise InputError(f"{source}: {found} features, expected {width} as {'asked' if forced else 'elsewhere'}")
@@ -168,12 +234,12 @@ def _check_width(source, x, width, forced) -> None:
 
 
 def _join(parts, width, sparse):
-    y = np.concatenate([y for _, _, y in parts])
+    y = np.concatenate([part.y for part in parts])
     if not sparse:
-        return np.concatenate([x for _, x, _ in parts]), y
+        return np.concatenate([part.x for part in parts]), y
     from scipy.sparse import csr_matrix, vstack
 
-    blocks = [csr_matrix(x) for _, x, _ in parts]
+    blocks = [csr_matrix(part.x) for part in parts]
     for x in blocks:
         x.resize(x.shape[0], width)
     return vstack(blocks, format="csr"), y

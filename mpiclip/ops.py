@@ -77,13 +77,59 @@ def clip_step(u, v, tau, out=None, norms=None):
 
 
 @accelerated
-def apply(x, v, mean, gamma) -> None:
-    """The server's step, in place: v += mean, then x −= γ v (Clip21's lines for the server, arXiv:2305.18929).
+def normalize_step(u, v, alpha, beta, out=None, norms=None):
+    """α-NormEC's worker step, row by row: c_i = β (u_i − v_i) / (α + ‖u_i − v_i‖), then v_i += c_i (arXiv:2502.13482;
+    u_i is ∇f_i(x)). The factor is rounded towards zero to u's dtype: ‖c_i‖ is below β but for the rounding of its
+    elements.
 
-    x, v, mean: one shape, any; mean is unmodified. gamma: a number, rounded to x's dtype.
+    u, v, out, norms: as in clip_step. alpha > 0, beta ≥ 0: numbers. Returns c (out). A row whose difference is not
+    finite gets c_i = NaN and keeps its v_i.
+    Raises ValueError where shapes or dtypes do not fit, or for such an alpha or beta."""
+    check(u, norms=norms, v=v, out=out)
+    if out is v or not (alpha > 0 and beta >= 0):
+        raise ValueError("normalize_step: out must not be v" if out is v else
+                         f"alpha is {alpha} and beta {beta}; expected alpha > 0 and beta ≥ 0")
+    c = xp(u).subtract(u, v, out=out)
+    norm = row_norms(c, norms)
+    finite = xp(u).isfinite(norm)
+    c *= towards_zero(xp(u).where(finite, beta / (alpha + norm), np.nan), u.dtype)[..., None]
+    xp(u).copyto(v, v + c, where=finite[..., None])
+    return c
+
+
+@accelerated
+def momentum_step(u, m, v, tau, beta, scale=1.0, out=None, norms=None):
+    """Clip21-SGD2M's worker step, row by row: m_i = (1 − β) m_i + β u_i, c_i = clip_τ(m_i − v_i), v_i += scale · c_i
+    (arXiv:2502.11682, where m_i is v_i, v_i is g_i and scale is β̂; u_i is ∇f_i(x)). v None stands for zeros that
+    stay so: c_i = clip_τ(m_i).
+
+    u, m, v: (w, d) or (d,); m and v are updated in place; u is unmodified unless out is u (the fast way). tau, out,
+    norms: as in clip_step, norms of m_i − v_i. beta, scale: numbers, rounded to u's dtype, as 1 − β is. Returns c
+    (out). A row whose m_i − v_i is not finite gets c_i = NaN and keeps its m_i and v_i.
+    Raises ValueError where shapes or dtypes do not fit, or for a negative or NaN tau."""
+    check(u, tau, norms, m=m, v=v, out=out)
+    if m is v or out is m or (out is v and out is not None):
+        raise ValueError("momentum_step: m, v and out must be three arrays")
+    real = u.dtype.type
+    new = real(1 - beta) * m + real(beta) * u
+    c = xp(u).subtract(new, 0 if v is None else v, out=out)
+    factor, finite = clip_factor(c, tau, norms)
+    c *= factor[..., None]
+    xp(u).copyto(m, new, where=finite[..., None])
+    if v is not None:
+        xp(u).copyto(v, v + real(scale) * c, where=finite[..., None])
+    return c
+
+
+@accelerated
+def apply(x, v, mean, gamma, scale=1.0) -> None:
+    """The server's step, in place: v += scale · mean, then x −= γ v (Clip21's lines for the server, arXiv:2305.18929;
+    with the scale β̂ those of Clip21-SGD2M, arXiv:2502.11682).
+
+    x, v, mean: one shape, any; mean is unmodified. gamma, scale: numbers, rounded to x's dtype.
     Raises ValueError where shapes or dtypes do not fit."""
     check(x, v=v, mean=mean)
-    v += mean
+    v += mean if scale == 1 else x.dtype.type(scale) * mean
     x -= x.dtype.type(gamma) * v
 
 
@@ -107,6 +153,58 @@ def row_sum(u, scale=1.0, out=None):
     return out
 
 
+@accelerated
+def top_k(u, k):
+    """The k elements of each row whose absolute values are the largest, the contraction of EF21 (arXiv:2106.05203):
+    ‖top_k(u_i) − u_i‖² ≤ (1 − k/d) ‖u_i‖². Of equal ones those with the lower index come first: the answer is exact,
+    and the same everywhere.
+
+    u: (w, d) or (d,), unmodified. k: a whole number, 1 ≤ k ≤ d < 2³¹. Returns (indices, values), (w, k) or (k,):
+    indices int32, ascending in each row, values in u's dtype, bit for bit. A row with an element that is not finite
+    gets the indices 0 … k − 1 and NaN for values.
+    Raises ValueError where the dtype does not fit, or for such a k.
+
+    >>> top_k(np.array([[3.0, -5.0, 0.0, 4.0]]), 2)
+    (array([[1, 3]], dtype=int32), array([[-5.,  4.]]))"""
+    check(u)
+    check_k(u, k)
+    finite = xp(u).isfinite(u).all(axis=-1)
+    indices, chosen = largest(u, k, finite)
+    return indices, xp(u).where(finite[..., None], u[chosen].reshape(indices.shape), u.dtype.type(np.nan))
+
+
+@accelerated
+def clip_step_top_k(u, v, tau, k, norms=None):
+    """The step of Clip21 with the compression of Press-Clip21, row by row: c_i = top_k(clip_τ(u_i − v_i)), then
+    v_i += c_i (arXiv:2305.18929). The k elements are those of largest |u_i − v_i|, as top_k takes them: clipping is a
+    factor, and does not change which they are, even where it rounds them to zero.
+
+    u, v: (w, d) or (d,); v is updated in place, k places a row; u is unmodified. tau: as in clip, k: as in top_k.
+    norms: float64, (w,) or (), filled with ‖u_i − v_i‖, as clip_step fills it. Returns (indices, values), (w, k) or
+    (k,): c_i at its k places, as top_k returns them. A row whose difference is not finite gets the indices 0 … k − 1
+    and NaN for values, and keeps its v_i.
+    Raises ValueError where shapes or dtypes do not fit, for a negative or NaN tau, or for such a k."""
+    check(u, tau, norms, v=v)
+    check_k(u, k)
+    e = u - v
+    factor, finite = clip_factor(e, tau, norms)
+    indices, chosen = largest(e, k, finite)
+    e *= factor[..., None]
+    xp(u).copyto(v, v + e, where=chosen & finite[..., None])
+    return indices, e[chosen].reshape(indices.shape)
+
+
+def largest(u, k, finite) -> tuple[Any, Any]:
+    """(indices as in top_k, the same as a mask like u) of the k elements that top_k takes; k first ones of a row that
+    is not finite"""
+    size, d = abs(u), u.shape[-1]
+    kth = xp(u).partition(size, d - k, axis=-1)[..., d - k, None]
+    above, ties = size > kth, size == kth
+    chosen = above | (ties & (xp(u).cumsum(ties, axis=-1) <= k - above.sum(axis=-1, keepdims=True)))
+    chosen = xp(u).where(finite[..., None], chosen, xp(u).arange(d) < k)
+    return xp(u).nonzero(chosen)[-1].reshape((*u.shape[:-1], k)).astype(np.int32), chosen
+
+
 def clip_factor(u, tau, norms=None) -> tuple[Any, Any]:
     """(min(1, τ/‖u_i‖) in u's dtype, rounded towards zero, NaN for rows that are not finite; which rows are finite)"""
     norm = row_norms(u, norms)
@@ -114,9 +212,20 @@ def clip_factor(u, tau, norms=None) -> tuple[Any, Any]:
     finite = xp(u).isfinite(norm)
     clipped = norm > tau
     exact = xp(u).where(clipped, tau / xp(u).where(clipped, norm, 1), 1)
-    exact = xp(u).where(finite, exact, np.nan)
-    factor = exact.astype(u.dtype)
-    return xp(u).where(factor > exact, xp(u).nextafter(factor, u.dtype.type(0)), factor), finite
+    return towards_zero(xp(u).where(finite, exact, np.nan), u.dtype), finite
+
+
+def towards_zero(exact, dtype):
+    """Numbers ≥ 0 in float64, rounded towards zero to the dtype."""
+    factor = exact.astype(dtype)
+    return xp(factor).where(factor > exact, xp(factor).nextafter(factor, dtype.type(0)), factor)
+
+
+def check_k(u, k) -> None:
+    """ValueError unless k of the d numbers of a row can be chosen, and counted in int32."""
+    d = u.shape[-1]
+    if not (isinstance(k, int | np.integer) and 1 <= k <= d < 2**31):
+        raise ValueError(f"k is {k}, of d = {d} numbers in a row; expected a whole number with 1 ≤ k ≤ d < 2³¹")
 
 
 def check(u, tau=0.0, norms=None, **like) -> None:

@@ -210,6 +210,16 @@ const char* launch(void (*function)(P...), unsigned grid, unsigned threads, void
 #define __shfl_up_sync(mask, value, by) on_cpu::exchange(mask, value, threadIdx.x % warpSize - (by), __LINE__)
 #define __ballot_sync(mask, value) on_cpu::vote(mask, value, __LINE__)
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+// Fibers take turns, but at barriers only: nobody comes between.
+template <class T> T atomicAdd(T* sum, T value)
+{
+    const T before = *sum;
+    *sum += value;
+    return before;
+}
+
 #define RUNNABLE(name)                                                                                                \
     extern "C" const char* run_##name(unsigned grid, unsigned threads, void* const* arguments, const char* kinds,     \
                                       bool backwards)                                                                 \

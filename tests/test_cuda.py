@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from mpiclip.kernels import cuda
 
-from mpiclip import device, ops
+from mpiclip import device, noise, ops
 
 KERNELS = Path(cuda.__file__).parent
 DTYPES = [np.float32, np.float64]
@@ -120,8 +120,8 @@ def numpy_as_cupy(backwards: bool) -> ModuleType:
     fake = ModuleType("cupy")
     fake.__dict__.update(vars(np))
     fake.RawModule = RawModule
-    # NaN where a launcher leaves memory to be filled, so that a forgotten place shows.
-    fake.empty = lambda shape, dtype=np.float64: np.full(shape, np.nan, dtype)
+    # NaN where a launcher leaves memory to be filled, so that a forgotten place shows; for integers, −1.
+    fake.empty = lambda shape, dtype=np.float64: np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -1, dtype)
     fake.empty_like = lambda array: np.full_like(array, np.nan)
     return fake
 
@@ -233,6 +233,67 @@ def test_clip_step(xp, shape, offset, other, dtype):
     np.testing.assert_allclose(v_new, v_defined, rtol=rtol, atol=4 * rtol)
 
 
+@cases
+@dtypes
+def test_normalize_step(xp, shape, offset, other, dtype):
+    u, v = random(3, shape, dtype), random(4, shape, dtype)
+    norm, rtol, alpha, beta = exact_norms(u - v), EPS[dtype], math.sqrt(shape[1]), 3.0
+    for in_place in (False, True):
+        on_device, v_device = put(xp, u, offset), put(xp, v, other)
+        out, norms = on_device if in_place else put(xp, np.full_like(u, 7), offset), xp.full(shape[0], np.nan)
+        assert cuda.normalize_step(on_device, v_device, alpha, beta, out=out, norms=norms) is out
+        c, v_new = device.host(out), device.host(v_device)
+        np.testing.assert_allclose(device.host(norms), norm, rtol=1e-14)
+        np.testing.assert_allclose(c, (u - v).astype(float) * (beta / (alpha + norm))[:, None], rtol=rtol)
+        assert v_new.tobytes() == (v + c).tobytes()
+        assert in_place or device.host(on_device).tobytes() == u.tobytes()
+    v_defined = v.copy()
+    np.testing.assert_allclose(c, ops.normalize_step.definition(u, v_defined, alpha, beta), rtol=rtol)
+    np.testing.assert_allclose(v_new, v_defined, rtol=rtol, atol=4 * rtol)
+
+
+@cases
+@dtypes
+@pytest.mark.parametrize("with_v", [True, False])
+def test_momentum_step(xp, shape, offset, other, dtype, with_v):
+    u, m, v = (random(seed, shape, dtype) for seed in (3, 4, 5))
+    rtol, beta, scale = EPS[dtype], 0.3, 0.6
+    momentum = dtype(1 - beta) * m + dtype(beta) * u
+    difference = momentum - v if with_v else momentum
+    norm = exact_norms(difference)
+    tau = thresholds(norm * (1 + 1e-12))
+    for in_place in (False, True):
+        on_device, m_device, v_device = put(xp, u, offset), put(xp, m, other), put(xp, v, offset) if with_v else None
+        out, norms = on_device if in_place else put(xp, np.full_like(u, 7), offset), xp.full(shape[0], np.nan)
+        assert cuda.momentum_step(on_device, m_device, v_device, tau, beta, scale, out=out, norms=norms) is out
+        c = device.host(out)
+        np.testing.assert_allclose(device.host(norms), norm, rtol=1e-14)
+        for i in range(shape[0]):
+            factor = 1 if norm[i] <= tau[i] else tau[i] / norm[i]
+            np.testing.assert_allclose(c[i], difference[i].astype(float) * factor, rtol=rtol)
+        assert device.host(m_device).tobytes() == momentum.tobytes()
+        assert not with_v or device.host(v_device).tobytes() == (v + dtype(scale) * c).tobytes()
+        assert in_place or device.host(on_device).tobytes() == u.tobytes()
+    m_defined, v_defined = m.copy(), v.copy() if with_v else None
+    np.testing.assert_allclose(c, ops.momentum_step.definition(u, m_defined, v_defined, tau, beta, scale), rtol=rtol)
+    assert m_defined.tobytes() == momentum.tobytes()
+    assert not with_v or np.allclose(device.host(v_device), v_defined, rtol=rtol, atol=4 * rtol)
+
+
+@dtypes
+def test_other_steps_of_a_row_that_is_not_finite_change_no_state(xp, dtype):
+    u, m, v = (random(seed, (3, 45), dtype) for seed in (7, 8, 9))
+    u[1, 3] = np.inf
+    for call, states in ((lambda *a: cuda.normalize_step(*a, 0.5, 2.0), [v]),
+                         (lambda *a: cuda.momentum_step(*a, 1.0, 0.4, 0.3), [m, v]),
+                         (lambda a, b: cuda.momentum_step(a, b, None, 1.0, 0.4), [m])):
+        changed = [put(xp, state) for state in states]
+        c = device.host(call(put(xp, u), *changed))
+        assert np.isnan(c[1]).all() and np.isfinite(c[[0, 2]]).all()
+        for old, new in zip(states, map(device.host, changed), strict=True):
+            assert new[1].tobytes() == old[1].tobytes() and (new[[0, 2]] != old[[0, 2]]).all()
+
+
 @dtypes
 def test_one_vector_and_one_threshold(xp, dtype):
     u, v = random(5, 50, dtype), random(6, 50, dtype)
@@ -309,12 +370,14 @@ def test_nothing_to_clip_writes_nothing(monkeypatch, tmp_path):
 
 @cases
 @dtypes
-def test_apply(xp, shape, offset, other, dtype):
+@pytest.mark.parametrize("scale", [(), (0.7,)], ids=["", "scale"])
+def test_apply(xp, shape, offset, other, dtype, scale):
     x, v, mean = (random(seed, shape, dtype) for seed in (12, 13, 14))
     arrays = put(xp, x, offset), put(xp, v, other), put(xp, mean, offset)
-    assert cuda.apply(*arrays, 0.1) is None
-    assert device.host(arrays[1]).tobytes() == (v + mean).tobytes()
-    assert device.host(arrays[0]).tobytes() == (x - dtype(0.1) * (v + mean)).tobytes()
+    assert cuda.apply(*arrays, 0.1, *scale) is None
+    v = v + dtype(*scale or (1,)) * mean
+    assert device.host(arrays[1]).tobytes() == v.tobytes()
+    assert device.host(arrays[0]).tobytes() == (x - dtype(0.1) * v).tobytes()
     assert device.host(arrays[2]).tobytes() == mean.tobytes()
 
 
@@ -333,6 +396,116 @@ def test_row_sum(xp, shape, offset, dtype):
     assert device.host(cuda.row_sum(put(xp, u, offset), 1 / 3)).tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 33), (2, 64), (20, 123), (2, 1027), (1, 18000), (2, 9001)],
+                         ids=str)
+@dtypes
+def test_add_noise(xp, shape, dtype):
+    u, keys = random(16, shape, dtype), noise.keys(b"secret", "test", range(shape[0]), 3)
+    expected = noise.add_noise.definition(u.copy(), 0.37, keys)
+    on_device = put(xp, u, 1)
+    assert cuda.add_noise(on_device, 0.37, keys) is on_device
+    assert device.host(on_device).tobytes() == expected.tobytes()
+    for sigma in (0, 0.0, 1e-200 if dtype is np.float32 else 0):
+        zeros = put(xp, np.full(shape, -0.0, dtype))
+        assert cuda.add_noise(zeros, sigma, keys) is zeros and np.signbit(device.host(zeros)).all()
+
+
+def test_add_noise_declines_what_it_does_not_know(xp):
+    u, keys = put(xp, random(17, (4, 6), np.float32)), noise.keys(b"secret", "test", range(4), 3)
+    before = device.host(u).tobytes()
+    for bad in (u[0], u[:, ::2], u[:, 3:], u.astype(np.float16)):
+        assert cuda.add_noise(bad, 1.0, keys[:len(bad)]) is NotImplemented
+    for bad in (keys[:3], keys.astype(np.int64), keys.ravel(), keys.tolist()):
+        assert cuda.add_noise(u, 1.0, bad) is NotImplemented
+    for sigma in (-1.0, math.nan, math.inf, 1e39):
+        assert cuda.add_noise(u, sigma, keys) is NotImplemented
+    assert device.host(u).tobytes() == before
+
+
+@pytest.mark.gpu
+@dtypes
+def test_the_definition_of_add_noise_on_a_gpu(dtype):
+    """With CuPy's arithmetic instead of NumPy's."""
+    xp = device.cupy() or pytest.skip("no GPU that CuPy can use")
+    keys = noise.keys(b"secret", "test", range(2), 3)
+    u = noise.add_noise.definition(xp.zeros((2, 999), dtype), 1.0, keys)
+    expected = noise.add_noise.definition(np.zeros((2, 999), dtype), 1.0, keys)
+    np.testing.assert_allclose(device.host(u), expected, rtol=8 * np.finfo(dtype).eps)
+
+
+def row_of(kind, d, dtype):
+    random = np.random.default_rng(18)
+    g, place = random.standard_normal(d), np.arange(d)
+    if kind == "misleading":                    # the places that are drawn hold the largest numbers
+        n = min(cuda.SAMPLE, d // cuda.SPARSENESS)
+        i = np.arange(n)
+        g[i * (d // n) + (i * 2654435769 % 2**32 * (d // n) >> 32)] += 100
+    return {"misleading": g, "gaussian": g, "tied": random.integers(-3, 4, d), "ascending": place,
+            "mostly equal": np.where(random.random(d) < 0.01, 2 * g, -1),
+            "denormal": np.finfo(dtype).smallest_subnormal * float(3) * (place % 7)}[kind].astype(dtype)
+
+
+def some_k(d):
+    return sorted({k for k in (1, d // 100, d // 2, d) if k})
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "tied", "mostly equal", "ascending", "misleading", "denormal"])
+@pytest.mark.parametrize(("shape", "offset"), [((4, 1), 0), ((3, 33), 1), ((2, 1027), 1), ((1, 25001), 0)], ids=str)
+@dtypes
+def test_top_k(xp, shape, offset, kind, dtype):
+    u = (row_of(kind, max(shape[1], 32), dtype)[:shape[1]] * 2.0 ** np.arange(shape[0])[:, None]).astype(dtype)
+    on_device = put(xp, u, offset)
+    for k in some_k(shape[1]) if shape[1] < 9999 else (1, 250, 2000):
+        for got, defined in zip(cuda.top_k(on_device, k), ops.top_k.definition(u, k), strict=True):
+            assert device.host(got).dtype == defined.dtype and device.host(got).tobytes() == defined.tobytes()
+    assert device.host(on_device).tobytes() == u.tobytes()
+
+
+@pytest.mark.parametrize(("shape", "offset", "other"), [((4, 1), 0, 0), ((3, 33), 1, 0), ((4, 1027), 3, 3),
+                                                        ((1, 25001), 1, 1)], ids=str)
+@dtypes
+def test_clip_step_top_k(xp, shape, offset, other, dtype):
+    u, v = random(19, shape, dtype), random(20, shape, dtype)
+    v[:, ::3] = u[:, ::3]                       # ties: zeros
+    norm = exact_norms(u - v)
+    tau = thresholds(norm * (1 + 1e-12))
+    for k in some_k(shape[1]) if shape[1] < 9999 else (250, 2000):
+        on_device, v_device, norms = put(xp, u, offset), put(xp, v, other), xp.full(shape[0], np.nan)
+        indices, values = map(device.host, cuda.clip_step_top_k(on_device, v_device, tau, k, norms=norms))
+        v_defined = v.copy()
+        indices_defined, values_defined = ops.clip_step_top_k.definition(u, v_defined, tau, k)
+        assert indices.tobytes() == indices_defined.tobytes()
+        np.testing.assert_allclose(values, values_defined, rtol=EPS[dtype])
+        np.testing.assert_allclose(device.host(norms), norm, rtol=1e-14)
+        new = v.copy()
+        np.put_along_axis(new, indices, np.take_along_axis(v, indices, 1) + values, 1)
+        assert device.host(v_device).tobytes() == new.tobytes() and device.host(on_device).tobytes() == u.tobytes()
+    one = put(xp, v[0], other)
+    assert device.host(cuda.clip_step_top_k(on_device[0], one, xp.asarray(tau[0]), k)[1]).tobytes() == values[
+        0].tobytes()
+
+
+@dtypes
+def test_top_k_of_rows_that_are_not_finite(xp, dtype):
+    u, v = random(7, (6, 45), dtype), random(8, (6, 45), dtype)
+    u[1, 3], u[2, 44], u[4, 0] = np.inf, np.nan, -np.inf
+    for k in (1, 7, 45):
+        indices, values = map(device.host, cuda.top_k(put(xp, u), k))
+        assert np.isnan(values[[1, 2, 4]]).all() and (indices[[1, 2, 4]] == np.arange(k)).all()
+        assert indices.tobytes() == ops.top_k.definition(u, k)[0].tobytes()
+        v_device = put(xp, v)
+        tau = xp.asarray([1.0, 1.0, 1.0, 1.0, 1.0, -1.0])      # a threshold in device memory that is none: NaN, too
+        indices, values = map(device.host, cuda.clip_step_top_k(put(xp, u), v_device, tau, k))
+        bad = [1, 2, 4, 5]
+        assert np.isnan(values[bad]).all() and (indices[bad] == np.arange(k)).all()
+        assert device.host(v_device)[bad].tobytes() == v[bad].tobytes() and np.isfinite(values[[0, 3]]).all()
+        assert (device.host(v_device)[[0, 3]] != v[[0, 3]]).sum() == 2 * k
+    if dtype is np.float64:                     # finite, but its sum of squares is not: no matter to top_k
+        u[1:] = u[0] * 1e200
+        assert np.isfinite(device.host(cuda.top_k(put(xp, u), 3)[1])).all()
+        assert np.isnan(device.host(cuda.clip_step_top_k(put(xp, u), put(xp, v), 1.0, 3)[1])[1:]).all()
+
+
 def test_launchers_decline_what_kernels_do_not_know(xp):
     u, v = (put(xp, random(seed, (4, 6), np.float32)) for seed in (16, 17))
     before = [device.host(array).tobytes() for array in (u, v)]
@@ -341,20 +514,44 @@ def test_launchers_decline_what_kernels_do_not_know(xp):
         assert cuda.norms(bad) is NotImplemented
         assert cuda.clip(bad, 1.0) is NotImplemented
         assert cuda.clip_step(bad, bad, 1.0) is NotImplemented
+        assert cuda.normalize_step(bad, bad, 1.0, 1.0) is NotImplemented
+        assert cuda.momentum_step(bad, bad, None, 1.0, 0.5) is NotImplemented
         assert cuda.row_sum(bad) is NotImplemented
     for out in (u[:2], u.astype(np.float64), xp.empty((6, 4), np.float32).T):
         assert cuda.clip(u, 1.0, out=out) is NotImplemented
         assert cuda.clip_step(u, v, 1.0, out=out) is NotImplemented
         assert cuda.clip_step(u, out, 1.0) is NotImplemented
+        assert cuda.normalize_step(u, v, 1.0, 1.0, out=out) is NotImplemented
+        assert cuda.normalize_step(u, out, 1.0, 1.0) is NotImplemented
+        assert cuda.momentum_step(u, v, None, 1.0, 0.5, out=out) is NotImplemented
+        assert cuda.momentum_step(u, v, out, 1.0, 0.5) is NotImplemented
+        assert cuda.momentum_step(u, out, v, 1.0, 0.5) is NotImplemented
         assert cuda.apply(u, v, out, 1.0) is NotImplemented
         assert cuda.apply(u, out, v, 1.0) is NotImplemented
     for bad in (norms[:3], norms.astype(np.float32), xp.empty(8)[::2]):
         assert cuda.norms(u, out=bad) is NotImplemented
         assert cuda.clip(u, 1.0, norms=bad) is NotImplemented
         assert cuda.clip_step(u, v, 1.0, norms=bad) is NotImplemented
+        assert cuda.normalize_step(u, v, 1.0, 1.0, norms=bad) is NotImplemented
+        assert cuda.momentum_step(u, v, None, 1.0, 0.5, norms=bad) is NotImplemented
     for bad in (-1.0, math.nan, [1, 2, 3], [1, 2, 3, -4], [[1, 2, 3, 4]], xp.ones(3)):
         assert cuda.clip(u, bad) is NotImplemented
         assert cuda.clip_step(u, v, bad) is NotImplemented
+        assert cuda.momentum_step(u, v, None, bad, 0.5) is NotImplemented
+    for alpha, beta in ((0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, -1.0), (1.0, math.nan)):
+        assert cuda.normalize_step(u, v, alpha, beta) is NotImplemented
+    assert cuda.normalize_step(u, v, 1.0, 1.0, out=v) is NotImplemented
+    assert cuda.momentum_step(u, v, v, 1.0, 0.5) is NotImplemented
+    assert cuda.momentum_step(u, v, None, 1.0, 0.5, out=v) is NotImplemented
+    for bad in (-1.0, math.nan, [1, 2, 3, -4], xp.ones(3)):
+        assert cuda.clip_step_top_k(u, v, bad, 2) is NotImplemented
+    for bad in (0, -1, 7, 1.0, None):
+        assert cuda.top_k(u, bad) is NotImplemented
+        assert cuda.clip_step_top_k(u, v, 1.0, bad) is NotImplemented
+    for bad in (u.T, u[:0], u[:2], u.astype(np.float64)):
+        assert cuda.clip_step_top_k(u, bad, 1.0, 2) is NotImplemented
+        assert cuda.clip_step_top_k(u, v, 1.0, 2, norms=bad) is NotImplemented
+    assert cuda.top_k(u.T, 1) is cuda.top_k(u[:0], 1) is cuda.clip_step_top_k(u, u, 1.0, 1) is NotImplemented
     assert cuda.clip_step(u, v, 1.0, out=v) is NotImplemented
     assert cuda.row_sum(u[0]) is NotImplemented
     assert cuda.row_sum(u, out=u) is NotImplemented

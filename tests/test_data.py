@@ -121,6 +121,100 @@ def test_known_sets_come_back_number_for_number(libsvm, tmp_path, name, rows, fe
         assert list(shard.classes) == sorted(counts)
 
 
+def idx(array):
+    """The bytes of an idx file, as its inventors describe it: a magic number, the sizes, the numbers."""
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two idx files of 9 images of 4 × 3 with their labels, and a test set of 5: (folder, pixels, labels)"""
+    random = np.random.default_rng(4)
+    x, y = random.integers(0, 256, (23, 4, 3), np.uint8), random.integers(0, 10, 23, np.uint8)
+    for name, at in (("a", slice(9)), ("b", slice(9, 18)), ("t", slice(18, 23))):
+        (tmp_path / f"{name}-images").write_bytes(idx(x[at]))
+        (tmp_path / f"{name}-labels.gz").write_bytes(gzip.compress(idx(y[at])))
+    return tmp_path, x, y
+
+
+@pytest.mark.parametrize("order", [
+    ["a-images", "a-labels.gz", "b-images", "b-labels.gz"], ["b-labels.gz", "a-labels.gz", "b-images", "a-images"]])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("block", [25, 1 << 21])
+def test_images_are_kept_as_bytes_and_read_as_numbers_from_0_to_1(images, monkeypatch, order, dtype, block):
+    monkeypatch.setattr(data, "BLOCK", block)
+    folder, x, y = images
+    file = str(folder / "images.h5")
+    import_file([str(folder / s) for s in order], file, test=[str(folder / s) for s in ("t-images", "t-labels.gz")])
+    rows = np.arange(18) if order[0][0] == "a" else np.roll(np.arange(18), 9)
+    with h5py.File(file) as f:
+        for name, at in (("train", rows), ("test", slice(18, 23))):
+            assert f[name]["x"].dtype == np.uint8 and np.array_equal(f[name]["x"], x[at].reshape(-1, 12))
+            assert f[name].attrs["image"].tolist() == [4, 3]
+        assert f.attrs["version"] == 2
+    shard, test = data.read_train(file, "contiguous", 2, [1], 0, dtype), data.read_test(file, 0, 1, dtype)
+    for found, at in ((shard, rows[9:]), (test, slice(18, 23))):
+        assert found.x.dtype == dtype and np.array_equal(found.x, x[at].reshape(-1, 12).astype(dtype) / 255)
+        assert np.array_equal(found.y, y[at])
+    assert shard.classes.tolist() == np.unique(y).tolist()
+    scattered = data.read_train(file, "iid", 3, [2, 0], 5, dtype)
+    split = splits.split("iid", y[rows], 3, 5)
+    expected = x[rows[np.concatenate([split[2], split[0]])]].reshape(-1, 12)
+    assert np.array_equal(scattered.x, expected.astype(dtype) / 255)
+    assert "18 rows, 12 features, uint8, images of 4 × 3, scaled to [0, 1] when read" in data.info(file)
+
+
+@pytest.mark.parametrize("name, average, deviation", [("mnist", 0.1307, 0.3081), ("fashion-mnist", 0.2860, 0.3530)])
+def test_known_images(datasets, tmp_path, name, average, deviation):
+    """Mean and standard deviation of the pixels, as everybody quotes them; and how many rows a digit has."""
+    sources = [str(datasets / name / f"{part}-{kind}-ubyte.gz") for part in ("train", "t10k")
+               for kind in ("images-idx3", "labels-idx1")]
+    file = str(tmp_path / "images.h5")
+    import_file(sources[:2], file, test=sources[2:])
+    assert os.path.getsize(file) < 784 * 70000 * 1.02
+    shard, test = data.read_train(file, "contiguous", 2, [0, 1], 0, "float32"), data.read_test(file, 0, 1, "float32")
+    assert shard.x.shape == (60000, 784) and test.x.shape == (10000, 784) and shard.x.min() == 0 and shard.x.max() == 1
+    assert shard.x.mean(dtype=float) == pytest.approx(average, abs=6e-5)
+    assert shard.x.std(dtype=float) == pytest.approx(deviation, abs=6e-5)
+    counts = np.bincount(shard.y.astype(int)).tolist()
+    assert counts == ([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949] if name == "mnist" else [6000] * 10)
+    assert np.bincount(test.y.astype(int))[:3].tolist() == ([980, 1135, 1032] if name == "mnist" else [1000] * 3)
+
+
+def test_images_that_do_not_fit_are_named(images, monkeypatch):
+    folder, x, y = images
+    monkeypatch.chdir(folder)
+
+    def trial(*names, test=(), **options):
+        import_file(list(names), "d.h5", test=list(test), **options)
+
+    def written(content, name="bad"):
+        Path(name).write_bytes(content)
+        return name
+
+    refused(lambda: trial("a-images"), "a-images: images without labels", "00 00 08 01")
+    refused(lambda: trial("a-labels.gz"), "a-labels.gz: labels without images", "00 00 08 03")
+    refused(lambda: trial("a-images", "a-labels.gz", "b-images"), "b-images: images without labels")
+    refused(lambda: trial("a-images", "t-labels.gz"), "t-labels.gz: 5 labels, expected 9", "of a-images")
+    refused(lambda: trial("a-images", written(idx(y[:9])[:-1])), "bad: found 8 bytes for 9; idx expects")
+    refused(lambda: trial(written(idx(x[:9]) + b"1"), "a-labels.gz"), "bad: found 109 bytes for 9 × 4 × 3")
+    refused(lambda: trial(written(b"\0\0\x08\3\0\0"), "a-labels.gz"), "bad: the first bytes are 00 00 08 03")
+    refused(lambda: trial(written(b"\0\0\x0d\1\0\0\0\0"), format="idx"), "bad: the first bytes are 00 00 0d 01")
+    refused(lambda: trial(written(b""), format="idx"), "bad: the first bytes are missing")
+    refused(lambda: trial(written(gzip.compress(idx(x[:9]))[:-30], "bad.gz"), "a-labels.gz"), "bad.gz: Compressed file")
+    refused(lambda: trial("a-images", "a-labels.gz", written(idx(x[:9, :, :2])), "b-labels.gz"), "bad: 8 features")
+    turned = written(idx(x[:9].reshape(9, 3, 4)))
+    refused(lambda: trial("a-images", "a-labels.gz", turned, "b-labels.gz"), "bad: found 3 × 4, expected 4 × 3 as")
+    refused(lambda: trial(written(idx(x[:0])), written(idx(y[:0]), "none")), "bad: found 0 rows")
+    refused(lambda: trial("a-images", "a-labels.gz", label="1"), "label: found '1', but a-images is idx, not csv")
+    np.savez("n.npz", x=x.reshape(23, 12), y=y)
+    refused(lambda: trial("a-images", "a-labels.gz", test=["n.npz"]), "n.npz: found numbers, expected 4 × 3")
+    refused(lambda: trial("a-images", "a-labels.gz", "n.npz"), "a-images: found 4 × 3, expected numbers as in n.npz")
+    assert not Path("d.h5").exists()
+    trial("n.npz")                                      # bytes that nobody calls an image stay as they are
+    assert np.array_equal(data.read_train("d.h5", "contiguous", 1, [0], 0, "float32").x, x.reshape(23, 12))
+
+
 def test_classes_are_integers_and_few(libsvm, tmp_path):
     for name, count in (("bodyfat_scale", None), ("abalone_scale", 28)):
         file = str(tmp_path / name)
@@ -429,7 +523,7 @@ def test_bad_import_arguments(tmp_path, monkeypatch):
     Path("b.csv").write_text("1,2\n")
     refused(lambda: import_file(["gone"], "d.h5"), "gone: No such file")
     refused(lambda: import_file(["."], "d.h5"), ".: Is a directory")
-    refused(lambda: import_file(["a"], "d.h5", format="idx"), "'idx'", "libsvm, csv, npz")
+    refused(lambda: import_file(["a"], "d.h5", format="svm"), "'svm'", "libsvm, csv, npz, idx")
     refused(lambda: import_file(["a"], "d.h5", label="1"), "label", "a is libsvm, not csv")
     refused(lambda: import_file(["a.csv"], "d.h5", label="4"), "a.csv line 1", "label column '4'")
     refused(lambda: import_file(["a"], "d.h5", features=0), "found 0")

@@ -92,15 +92,81 @@ def test_clip_step(way, dtype, shape):
 
 @both
 @real
+@pytest.mark.parametrize("shape", [(7,), (20, 123), (3, 64), (2, LONG)])
+def test_normalize_step(way, dtype, shape):
+    u, v = vectors(shape, dtype), vectors(shape, dtype, seed=2)
+    u[..., 0] *= np.arange(1, 1 + math.prod(shape[:-1])).reshape(shape[:-1]) * 10
+    rows = (u - v).reshape(-1, shape[-1])
+    alpha, beta = length(rows[0]) / 2, 3.0              # on both sides of α
+    expected = [row.astype(float) * (beta / (alpha + length(row))) for row in rows]
+    u0, v0, norms = u.copy(), v.copy(), np.empty(shape[:-1])
+    c = way(ops.normalize_step)(u, v, alpha, beta, norms=norms)
+    close(c, np.reshape(expected, shape), dtype)
+    assert np.array_equal(u, u0) and np.array_equal(v, v0 + c)
+    np.testing.assert_allclose(norms.reshape(-1), [length(row) for row in rows], rtol=1e-13)
+    v1 = v0.copy()
+    assert way(ops.normalize_step)(u, v1, alpha, beta, out=u) is u
+    assert np.array_equal(u, c) and np.array_equal(v1, v)
+
+
+@both
+def test_a_normalized_step_is_not_longer_than_beta(way):
+    """Also where α is lost in the sum: one number a row, so that nothing but the factor is rounded."""
+    u, beta = np.random.default_rng(5).uniform(1, 1e6, (100, 1)).astype(np.float32), np.float32(0.2499)
+    for alpha in (1e-30, 1e-3, 1.0, 1e9):
+        c = way(ops.normalize_step)(u, np.zeros_like(u), alpha, float(beta))
+        assert (c <= beta).all() and (c > 0).all()
+
+
+@both
+@real
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+@pytest.mark.parametrize("shape", [(7,), (20, 123), (3, 64), (2, LONG)])
+def test_momentum_step(way, dtype, shape, beta, scale):
+    u, m, v = (vectors(shape, dtype, seed) for seed in (1, 2, 3))
+    u[..., 0] *= np.arange(1, 1 + math.prod(shape[:-1])).reshape(shape[:-1]) * 30
+    keep, take = dtype(1 - beta), dtype(beta)
+    for v_or_none in (v, None):
+        new = keep * m + take * u
+        rows = (new if v_or_none is None else new - v).reshape(-1, shape[-1])
+        tau = float(np.median([length(row) for row in rows])) * 0.999
+        expected = np.reshape([clipped(row, tau) for row in rows], shape)
+        u0, m1, norms = u.copy(), m.copy(), np.empty(shape[:-1])
+        v1 = None if v_or_none is None else v.copy()
+        c = way(ops.momentum_step)(u, m1, v1, tau, beta, scale, norms=norms)
+        close(c, expected, dtype)
+        assert np.array_equal(u, u0) and np.array_equal(m1, new)
+        assert v1 is None or np.array_equal(v1, v + dtype(scale) * c)
+        np.testing.assert_allclose(norms.reshape(-1), [length(row) for row in rows], rtol=1e-13)
+        m2, v2, u2 = m.copy(), None if v1 is None else v.copy(), u.copy()
+        assert way(ops.momentum_step)(u2, m2, v2, tau, beta, scale, out=u2) is u2
+        assert np.array_equal(u2, c) and np.array_equal(m2, m1) and (v1 is None or np.array_equal(v2, v1))
+
+
+@both
+@real
+def test_momentum_step_without_momentum_is_clip_step(way, dtype):
+    """To the last bit: Clip21-SGD2M with β = β̂ = 1 is Clip21, and clipped momentum with β = 1 is clipping."""
+    u, m, v = (vectors((5, 90), dtype, seed) for seed in (1, 2, 3))
+    v1, v2 = v.copy(), v.copy()
+    c1, c2 = way(ops.clip_step)(u, v1, 9.0), way(ops.momentum_step)(u, m, v2, 9.0, 1.0, 1.0)
+    assert c1.tobytes() == c2.tobytes() and v1.tobytes() == v2.tobytes() and np.array_equal(m, u)
+    assert way(ops.momentum_step)(u, m, None, 9.0, 1.0).tobytes() == way(ops.clip)(u, 9.0).tobytes()
+
+
+@both
+@real
+@pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize("shape", [(5,), (123,), (3, 4, 5), (LONG,)])
-def test_apply(way, dtype, shape):
+def test_apply(way, dtype, shape, scale):
     x, v, mean = (vectors(shape, dtype, seed=k) for k in range(3))
     x0, v0, mean0 = x.copy(), v.copy(), mean.copy()
-    assert way(ops.apply)(x, v, mean, 0.3) is None
-    scale = float(max(np.abs(a).max() for a in (x0, v0, mean0))) * np.finfo(dtype).eps * 4
+    assert way(ops.apply)(x, v, mean, 0.3, *([] if scale == 1 else [scale])) is None
+    bound = float(max(np.abs(a).max() for a in (x0, v0, mean0))) * np.finfo(dtype).eps * 4
     assert np.array_equal(mean, mean0)
-    np.testing.assert_allclose(v, v0.astype(float) + mean0, rtol=0, atol=scale)
-    np.testing.assert_allclose(x, x0 - 0.3 * (v0.astype(float) + mean0), rtol=0, atol=scale)
+    np.testing.assert_allclose(v, v0.astype(float) + scale * mean0, rtol=0, atol=bound)
+    np.testing.assert_allclose(x, x0 - 0.3 * (v0.astype(float) + scale * mean0), rtol=0, atol=bound)
 
 
 @both
@@ -131,6 +197,18 @@ def test_a_vector_is_a_single_row(way):
 
 
 @both
+def test_a_vector_is_a_single_row_in_other_steps(way):
+    for d in (1, 123, LONG):
+        u, m, v = (vectors(d, np.float32, seed) for seed in (1, 2, 3))
+        for name, constants in (("normalize_step", (0.5, 2.0)), ("momentum_step", (1.0, 0.4, 0.3))):
+            states = [m, v] if name == "momentum_step" else [v]
+            one, rows = [a.copy() for a in states], [a[None].copy() for a in states]
+            f = way(getattr(ops, name))
+            assert np.array_equal(f(u[None], *rows, *constants)[0], f(u, *one, *constants))
+            assert all(np.array_equal(a, b[0]) for a, b in zip(one, rows, strict=True))
+
+
+@both
 def test_threshold_per_row(way):
     u = vectors((4, 123))
     tau = np.array([0.5, np.inf, 0.0, 3.0])
@@ -143,6 +221,8 @@ def test_threshold_per_row(way):
         assert np.array_equal(way(ops.clip)(u, one), way(ops.clip)(u, 2.0))
     v = np.zeros_like(u)
     assert np.array_equal(way(ops.clip_step)(u, v, tau), c) and np.array_equal(v, c)
+    m, v = np.zeros_like(u), np.zeros_like(u)
+    assert np.array_equal(way(ops.momentum_step)(u, m, v, tau, 1.0), c) and np.array_equal(v, c)
 
 
 # edges
@@ -174,6 +254,26 @@ def test_rows_that_are_not_finite(way, d, bad):
     for tau in (1.0, math.inf, 0.0):
         c = way(ops.clip)(u, tau)
         assert np.isnan(c[1]).all() and np.isfinite(c[[0, 2]]).all()
+
+
+@both
+@pytest.mark.parametrize("d", [50, LONG])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_change_no_state(way, d, bad):
+    """Nor do other rows notice."""
+    u, m, v = (vectors((3, d), np.float32, seed) for seed in (1, 2, 3))
+    u[1, d // 2] = bad
+    m[1, 0] = v[1, 0] = -0.0
+    for f, states in ((lambda u, v, **o: way(ops.normalize_step)(u, v, 0.5, 2.0, **o), [v]),
+                      (lambda u, m, v, **o: way(ops.momentum_step)(u, m, v, 1.0, 0.4, 0.3, **o), [m, v]),
+                      (lambda u, m, **o: way(ops.momentum_step)(u, m, None, 1.0, 0.4, **o), [m])):
+        changed, alone, norms = [a.copy() for a in states], [a[[0, 2]] for a in states], np.empty(3)
+        c = f(u, *changed, norms=norms)
+        assert np.isnan(c[1]).all() and not math.isfinite(norms[1])
+        assert np.array_equal(c[[0, 2]], f(u[[0, 2]], *alone))
+        for old, new, other in zip(states, changed, alone, strict=True):
+            assert new[1].tobytes() == old[1].tobytes() and np.array_equal(new[[0, 2]], other)
+            assert not np.array_equal(new[[0, 2]], old[[0, 2]])
 
 
 @both
@@ -211,6 +311,8 @@ def test_empty(way, dtype, shape):
     assert np.array_equal(way(ops.norms)(u), np.zeros(shape[:-1]))
     assert way(ops.clip)(u, 1.0).shape == shape
     assert way(ops.clip_step)(u, u.copy(), 1.0).shape == shape
+    assert way(ops.normalize_step)(u, u.copy(), 1.0, 1.0).shape == shape
+    assert way(ops.momentum_step)(u, u.copy(), u.copy(), 1.0, 0.5).shape == shape
     way(ops.apply)(u, u.copy(), u.copy(), 1.0)
     if len(shape) == 2:
         assert np.array_equal(way(ops.row_sum)(u), np.zeros(shape[1], dtype))
@@ -245,8 +347,13 @@ def test_other_layouts(layout, dtype):
     if u.dtype == out.dtype:
         close(ops.clip(u, 5.0, out=out), expected, dtype)
         step = np.array([clipped(row, 5.0) for row in u - v])
-        assert ops.clip_step(u, v, 5.0, out=out) is out
+        assert ops.clip_step(u, v.copy(), 5.0, out=out) is out
         close(out, step, dtype)
+        assert ops.momentum_step(u, v.copy(), np.asfortranarray(v), 5.0, 1.0, out=out) is out
+        close(out, step, dtype)
+        expected = np.array([row * (2.0 / (3.0 + length(row))) for row in (u - v).astype(float)])
+        assert ops.normalize_step(u, np.asfortranarray(v), 3.0, 2.0, out=out) is out
+        close(out, expected, dtype)
         np.testing.assert_allclose(ops.row_sum(u), u.astype(float).sum(axis=0), rtol=0, atol=1e-5)
 
 
@@ -267,6 +374,7 @@ def test_mistakes_are_named(way):
     fixed = np.zeros((2, 3), np.float32)
     fixed.flags.writeable = False
     clip, step, apply, row_sum, norms = map(way, (ops.clip, ops.clip_step, ops.apply, ops.row_sum, ops.norms))
+    normalize, momentum = way(ops.normalize_step), way(ops.momentum_step)
     for message, call in {
         "tau is -1": lambda: clip(u, -1.0), "tau is nan": lambda: clip(u, math.nan),
         r"tau is \[": lambda: step(u, v, np.array([1.0, -1.0])), "tau has the shape": lambda: clip(u, np.ones(3)),
@@ -276,6 +384,14 @@ def test_mistakes_are_named(way):
         "norms is float32": lambda: norms(u, out=np.empty(2, np.float32)),
         "v is float64": lambda: step(u, v.astype(float), 1.0), "v is float32, shape": lambda: step(u, v[:1], 1.0),
         "out must not be v": lambda: step(u, v, 1.0, out=v), "mean is float32, shape": lambda: apply(u, v, u[0], 1.0),
+        "normalize_step: out must not be v": lambda: normalize(u, v, 1.0, 1.0, out=v),
+        "alpha is 0": lambda: normalize(u, v, 0.0, 1.0), "alpha is nan": lambda: normalize(u, v, math.nan, 1.0),
+        "and beta -1": lambda: normalize(u, v, 1.0, -1.0), "tau is -2": lambda: momentum(u, v, None, -2.0, 0.5),
+        "m is float64": lambda: momentum(u, v.astype(float), v, 1.0, 0.5),
+        "v is float32, shape ": lambda: momentum(u, v, v[:1], 1.0, 0.5),
+        "must be three arrays": lambda: momentum(u, v, v, 1.0, 0.5),
+        "must be three arrays ": lambda: momentum(u, v, None, 1.0, 0.5, out=v),
+        " must be three arrays": lambda: momentum(u, u.copy(), v, 1.0, 0.5, out=v),
         "u has the shape": lambda: row_sum(u[0]), "expected float32, shape": lambda: row_sum(u, out=np.zeros(3)),
         "u is int64": lambda: clip(np.ones((2, 3), np.int64), 1.0), r"shape \(\)": lambda: norms(np.zeros(())),
         "read-only": lambda: clip(u, 1.0, out=fixed), "read-only ": lambda: step(u, fixed, 1.0),
@@ -291,7 +407,9 @@ CALLS = {                      # name: the arrays that a call gives back or chan
     "norms": lambda f, u, v, tau: (f(u),),
     "clip": lambda f, u, v, tau: (f(u, tau),),
     "clip_step": lambda f, u, v, tau: (f(u, v, tau), v),
-    "apply": lambda f, u, v, tau: (f(u, v, u[::-1].copy(), 0.1), u, v)[1:],
+    "normalize_step": lambda f, u, v, tau: (f(u, v, 4.0, 3.0), v),
+    "momentum_step": lambda f, u, v, tau: (f(u, m := u[::-1].copy(), v, tau, 0.3, 0.2), m, v),
+    "apply": lambda f, u, v, tau: (f(u, v, u[::-1].copy(), 0.1, 0.4), u, v)[1:],
     "row_sum": lambda f, u, v, tau: (f(u, 0.1),),
 }
 

@@ -20,6 +20,9 @@ from mpiclip.problems._linear_model import linear_model
 from mpiclip.problems.quadratic import optimum
 
 COUNTS = (5, 0, 7, 7, 1, 0)             # rows of each worker
+# A batch: repetitions; none of worker 2's rows; the denominators are not the numbers of rows. And one without rows.
+BATCH = np.array([4, 4, 0, 12, 12, 18, 13, 19]), np.array([0, 3, 3, 3, 7, 8, 8]), np.array([3.0, 1, 2, 8, 1, 1])
+NOBODY = np.zeros(0, np.int64), np.zeros(7, np.int64), np.full(6, 2.5)
 REGULARIZERS = ["none", "l2", "nonconvex"]
 LABELS = {"linear": None, "logistic": 2, "softmax": 3}
 way = pytest.mark.parametrize("way", [
@@ -96,8 +99,8 @@ def row_slope(name, z, b):
     return [math.exp(e - max(z)) / total - (c == int(b)) for c, e in enumerate(z)]
 
 
-def reference(problem, a, y, x, counts=COUNTS, batch=None):
-    """(losses (w,), gradients (w, d))"""
+def reference(problem, a, y, x, counts=COUNTS, batch=None, clip=math.inf):
+    """(losses (w,), gradients (w, d)); clip: the longest that a row's gradient may be"""
     name, C, p = problem.name, LABELS[problem.name] or 1, a.shape[1] - problem.intercept
     C = 1 if name == "logistic" else C
     offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -112,7 +115,9 @@ def reference(problem, a, y, x, counts=COUNTS, batch=None):
         for r in rows:
             z = [math.fsum(x_i[c] * a[r]) for c in range(C)]
             loss += row_loss(name, z, y[r]) / denominator
-            gradient += np.outer(row_slope(name, z, y[r]), a[r]) / denominator
+            of_row = np.outer(row_slope(name, z, y[r]), a[r])
+            norm = math.hypot(*of_row.flat)
+            gradient += of_row * (clip / norm if norm > clip else 1) / denominator
         if count and problem.regularizer == "l2":
             loss += problem.lam * math.fsum(v * v / 2 for v in x_i[:, :p].flat)
             gradient[:, :p] += problem.lam * x_i[:, :p]
@@ -141,9 +146,8 @@ def test_loss_and_gradient(way, name, sparse, dtype, per_worker, regularizer, ba
                                   intercept=regularizer == "nonconvex")
     x = points(problem, data, per_worker, dtype)
     batch = None
-    if batched:                 # repetitions; worker 2's batch is empty; the denominators are not the batches' sizes
-        rows = np.array([4, 4, 0, 12, 12, 18, 13, 19])
-        batch = rows, np.array([0, 3, 3, 3, 7, 8, 8]), np.array([3.0, 1.0, 2.0, 8.0, 1.0, 1.0])
+    if batched:
+        batch = BATCH
     losses, gradients = reference(problem, a, y, x, batch=batch)
     before = x.copy()
     out = np.full_like(gradients, np.nan, dtype)
@@ -155,6 +159,76 @@ def test_loss_and_gradient(way, name, sparse, dtype, per_worker, regularizer, ba
     assert not grad[1].any() and not grad[5].any() and loss[1] == loss[5] == 0
     nothing, again = way(x, data, problem, batch, None, False)
     assert nothing is None and np.array_equal(again, grad)
+
+
+@way
+@model
+@dense_and_sparse
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("per_worker", [False, True], ids=["shared", "per worker"])
+@pytest.mark.parametrize("batch", [None, BATCH, NOBODY], ids=["full", "batch", "nobody"])
+@pytest.mark.parametrize("clip", [1e-4, 0.6, 1e6])
+def test_clipped_rows(way, name, sparse, dtype, per_worker, batch, clip):
+    """Rows far above and far below C, about as long, and one of zeros; the regularizer is not clipped."""
+    problem, data, a, y = example(name, sparse, dtype, regularizer="nonconvex", lam=0.3, intercept=clip < 1)
+    a[[0, 7, 12], :9] *= 50
+    data = prepared(problem, shard(a[:, :9], y, COUNTS, sparse), dtype)
+    x = points(problem, data, per_worker, dtype)
+    losses, gradients = reference(problem, a, y, x, batch=batch, clip=clip)
+    if clip == 0.6 and batch is not NOBODY:
+        for other in (1e-4, 1e6):       # some rows are shorter, some are longer: the reference says so
+            assert not np.allclose(reference(problem, a, y, x, batch=batch, clip=other)[1], gradients, rtol=0.01)
+    out = np.full_like(gradients, np.nan, dtype)
+    loss, grad = way(x, data, problem, batch, out, True, clip)
+    assert grad is out
+    scale = 1 if clip < 1 else 50 * 50
+    np.testing.assert_allclose(grad, gradients, rtol=1e-12 if dtype == "float64" else 3e-5,
+                               atol=(1e-13 if dtype == "float64" else 2e-6) * scale)
+    np.testing.assert_allclose(loss, losses, rtol=1e-12 if dtype == "float64" else 3e-5, atol=1e-12)
+    again = way(x, data, problem, batch, None, False, clip)[1]
+    assert again.tobytes() == grad.tobytes()
+
+
+@way
+@model
+@dense_and_sparse
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_row_is_longer_than_the_threshold(way, name, sparse, dtype):
+    """One row a worker: its gradient is cut to C, to the last bits and in its own direction."""
+    m, C = 300, 0.25
+    a, y = features(m, 9) * np.geomspace(1e-3, 1e6, m)[:, None], labels(name, m)
+    problem = problems.load(name)()
+    data = prepared(problem, shard(a, y, [1] * m, sparse), dtype)
+    x = np.ones(len(problem.x0(data, 0, dtype)), dtype) if name != "softmax" else np.zeros(27, dtype)
+    plain, clipped = (way(x, data, problem, None, None, False, clip)[1].astype(float) for clip in (None, C))
+    norms = np.linalg.norm(plain, axis=1)
+    assert 20 < (norms > C).sum() < 280
+    eps = float(np.finfo(dtype).eps)
+    assert np.linalg.norm(clipped, axis=1).max() <= C * (1 + 8 * eps)
+    np.testing.assert_allclose(clipped, plain * np.minimum(1, C / np.maximum(norms, C / 2))[:, None], rtol=20 * eps)
+    assert np.array_equal(clipped[norms < 0.999 * C], plain[norms < 0.999 * C])
+
+
+@model
+@dense_and_sparse
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_infinite_threshold_clips_nothing(name, sparse, dtype):
+    problem, data, *_ = example(name, sparse, dtype, regularizer="l2", lam=0.1)
+    x = points(problem, data, False, dtype)
+    for batch in (None, BATCH):
+        plain, clipped = (problem.loss_grad(x, data, batch, clip=clip) for clip in (None, math.inf))
+        assert [v.tobytes() for v in plain] == [v.tobytes() for v in clipped]
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "csr"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lengths_of_rows(sparse, dtype):
+    """Also where a square leaves the dtype: float32 ends at 3.4e38, and rows of zeros are there."""
+    a = features(30, 5, 2) * np.geomspace(1e-30, 1e30, 30)[:, None]
+    a[[0, 7, 29]] = 0
+    found = prepared(problems.Linear(), shard(a, np.zeros(30), (30,), sparse), dtype).lengths
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, [math.hypot(*row) for row in a], rtol=1e-6 if dtype == "float32" else 1e-14)
 
 
 @way
@@ -186,7 +260,9 @@ def test_the_kernel_answers_itself():
         for sparse in (False, True):
             for dtype in ("float32", "float64"):
                 problem, data, *_ = example(name, sparse, dtype)
-                assert cpu.linear_model(points(problem, data, False, dtype), data, problem) is not NotImplemented
+                for clip in (None, 1.0):
+                    x = points(problem, data, False, dtype)
+                    assert cpu.linear_model(x, data, problem, clip=clip) is not NotImplemented
     problem, data, *_ = example("logistic")
     x = points(problem, data, False)
     ends, ones = np.array([0, 1, 1, 1, 1, 1, 1]), np.ones(6)
@@ -209,7 +285,7 @@ def test_threads_do_not_change_a_byte(sparse):
     results = []
     for threads in (1, 2, 3, 5):
         with threadpool_limits(threads):
-            results += [problem.loss_grad(x, data) for _ in range(2)]
+            results += [problem.loss_grad(x, data, clip=0.1) for _ in range(2)]
     assert len({(loss.tobytes(), grad.tobytes()) for loss, grad in results}) == 1
 
 
@@ -279,13 +355,14 @@ def test_huge_margins(way, name, sparse, dtype):
 @model
 @dense_and_sparse
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_shows_and_stays_with_its_worker(way, name, sparse, value):
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_what_is_not_finite_shows_and_stays_with_its_worker(way, name, sparse, value, clip):
     problem, data, *_ = example(name, sparse)
     x = points(problem, data, True)
-    clean_loss, clean = way(x, data, problem)
+    clean_loss, clean = way(x, data, problem, clip=clip)
     x[2, 0] = value
     with np.errstate(invalid="ignore"):
-        loss, grad = way(x, data, problem)
+        loss, grad = way(x, data, problem, clip=clip)
     assert not np.isfinite(loss[2])
     if math.isnan(value):
         assert np.isnan(grad[2]).any()
@@ -345,15 +422,16 @@ def column_data(name, dtype, ones, intercept, **keys):
     return problem, data, np.hstack([a, np.ones((len(a), 1))]) if intercept else a, y
 
 
-def by_whole_blocks(problem, a, y, x, counts):
-    """reference, for many rows: SciPy's functions of a worker's scores"""
+def by_whole_blocks(problem, a, y, x, counts, clip=math.inf):
+    """reference, for many rows: SciPy's functions of a worker's scores, and all rows' gradients, one below the other"""
     from scipy.special import expit
     offsets, losses, gradients = np.concatenate([[0], np.cumsum(counts)]), [], []
     for i, (j, k) in enumerate(pairwise(offsets)):
         x_i = (x if x.ndim == 1 else x[i]).astype(float)
         z, b, m = a[j:k] @ x_i, y[j:k], max(k - j, 1)
         value = (z - b) ** 2 / 2 if problem.name == "linear" else np.logaddexp(0, -b * z)
-        gradient = a[j:k].T @ (z - b if problem.name == "linear" else -b * expit(-b * z)) / m
+        rows = a[j:k] * (z - b if problem.name == "linear" else -b * expit(-b * z))[:, None]
+        gradient = (rows * np.minimum(1, clip / np.maximum(np.linalg.norm(rows, axis=1), 1e-9))[:, None]).sum(0) / m
         loss = value.sum() / m
         if problem.regularizer == "nonconvex" and k > j:
             v = np.where(np.arange(a.shape[1]) < a.shape[1] - problem.intercept, x_i, 0)
@@ -370,21 +448,22 @@ def by_whole_blocks(problem, a, y, x, counts):
 @pytest.mark.parametrize("per_worker", [False, True], ids=["shared", "per worker"])
 @pytest.mark.parametrize("ones", [False, True], ids=["values", "ones"])
 @pytest.mark.parametrize("intercept", [False, True])
-def test_sparse_rows_by_columns(way, name, dtype, per_worker, ones, intercept):
+@pytest.mark.parametrize("clip", [None, 0.4])
+def test_sparse_rows_by_columns(way, name, dtype, per_worker, ones, intercept, clip):
     problem, data, a, y = column_data(name, dtype, ones, intercept, regularizer="nonconvex", lam=0.3)
     q, w = a.shape[1], len(COLUMN_COUNTS)
     x = rng(5).standard_normal((w, q) if per_worker else q).astype(dtype)
-    losses, gradients = by_whole_blocks(problem, a, y, x, COLUMN_COUNTS)
+    losses, gradients = by_whole_blocks(problem, a, y, x, COLUMN_COUNTS, clip or math.inf)
     out = np.full((w, q), np.nan, dtype)
-    loss, grad = way(x, data, problem, None, out)
+    loss, grad = way(x, data, problem, None, out, clip=clip)
     assert grad is out and loss.dtype == np.float64
     close(grad, gradients, dtype)
     np.testing.assert_allclose(loss, losses, rtol=1e-12 if dtype == "float64" else 1e-5)
     assert not grad[[1, 5]].any() and not loss[[1, 5]].any()
-    nothing, again = way(x, data, problem, None, None, False)
+    nothing, again = way(x, data, problem, None, None, False, clip)
     assert nothing is None and again.tobytes() == grad.tobytes()
     # all rows as one batch: row by row
-    loss_b, grad_b = way(x, data, problem, (np.arange(len(a)), data.offsets, data.denominators))
+    loss_b, grad_b = way(x, data, problem, (np.arange(len(a)), data.offsets, data.denominators), clip=clip)
     close(grad_b, gradients, dtype)
     np.testing.assert_allclose(loss_b, losses, rtol=1e-12 if dtype == "float64" else 1e-5)
 
@@ -630,7 +709,7 @@ def test_accuracy(sparse):
     data = prepared(softmax, shard(a, np.array([5.0, 5, 7, 9, 5]), (5,), sparse))
     assert softmax.accuracy(np.array([1.0, 0, 0, 1, -1, 0]), data) == (5, 5)
     assert softmax.accuracy(np.array([0, 0, 0, 0, 0, 0.0]), data) == (3, 5)
-    assert [p.name for p in map(problems.load, problems.names()) if p.classifier] == ["logistic", "softmax"]
+    assert [p.name for p in map(problems.load, problems.names()) if p.classifier] == ["logistic", "mlp", "softmax"]
 
 
 @model
@@ -653,7 +732,7 @@ def test_start():
 
 
 def test_names_and_load():
-    assert problems.names() == ["linear", "logistic", "quadratic", "softmax"]
+    assert problems.names() == ["linear", "logistic", "mlp", "quadratic", "softmax"]
     assert problems.load("logistic") is problems.Logistic and problems.Logistic.name == "logistic"
     with pytest.raises(InputError, match=r"^problem.name: there is no 'logistik'; did you mean 'logistic'\?$"):
         problems.load("logistik")
@@ -685,7 +764,7 @@ def test_labels_that_do_not_fit(name, y, words):
     assert all(word in str(error.value) for word in ["data.file", name, *words]) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["linear", "logistic", "softmax"])
+@pytest.mark.parametrize("name", ["linear", "logistic", "softmax", "mlp"])
 def test_no_data(name):
     with pytest.raises(InputError, match=f"'{name}' learns from data.*expected data.file"):
         problems.load(name)().prepare(None, np.arange(2), 2, 0, "float64")
@@ -704,3 +783,5 @@ def test_bad_sources_of_a_quadratic():
     with pytest.raises(InputError, match=r"run\.batch"):
         problem.loss_grad(np.zeros(1), problem.prepare(None, np.arange(2), 2, 0, "float64"),
                           (np.zeros(0, np.int64), np.zeros(3, np.int64), np.ones(2)))
+    with pytest.raises(InputError, match=r"^privacy\.level: .* no rows .* expected \"worker\"$"):
+        problem.loss_grad(np.zeros(1), problem.prepare(None, np.arange(2), 2, 0, "float64"), clip=1.0)

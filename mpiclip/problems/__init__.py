@@ -5,7 +5,7 @@ A problem is a frozen record of constants with functions of `data`, which `prepa
 
     prepare(shard, ids, n, seed, dtype) → data
     x0(data, seed, dtype) → x⁰ (d,)
-    loss_grad(x, data, batch=None, out=None, loss=True) → (f_i(x) (w,) float64 or None, ∇f_i(x) (w, d))
+    loss_grad(x, data, batch=None, out=None, loss=True, clip=None) → (f_i(x) (w,) float64 or None, ∇f_i(x) (w, d))
     smoothness_product(u_i, data) → H_i u_i (w, d)      where H_i bounds the Hessian of f_i from above, for all x
     accuracy(x, data) → (rows that x (d,) classifies correctly, rows)        of classifiers
 
@@ -13,6 +13,9 @@ x           (d,), a point for all, or (w, d), one for each worker
 batch       None: all rows; or (rows (k,) int64, offsets (w+1,) int64, denominators (w,) float64): worker i's are
             rows[offsets[i]:offsets[i+1]], repetitions allowed, and their sum is divided by denominators[i]
 out         (w, d), filled with the gradients and returned; None allocates
+clip        C > 0: each row's gradient of ℓ_r, over all of x and without the regularizer, counts min(1, C/‖∇ℓ_r‖) times;
+            losses are those of the rows as they are. None, or infinity: no row is clipped. The norms are computed from
+            what the gradient is a product of (no row's gradient is ever there): exact, up to the dtype's rounding
 
 A worker that owns no rows has f_i = 0, without a regularizer."""
 
@@ -61,8 +64,8 @@ class Problem(BaseModel):
         """The first point, (d,): start · (1, …, 1)."""
         raise NotImplementedError
 
-    def loss_grad(self, x, data: Any, batch=None, out=None, loss: bool = True) -> tuple[Any, Any]:
-        """(f_i(x) (w,) float64, or None unless `loss`; ∇f_i(x) (w, d))"""
+    def loss_grad(self, x, data: Any, batch=None, out=None, loss: bool = True, clip=None) -> tuple[Any, Any]:
+        """(f_i(x) (w,) float64, or None unless `loss`; ∇f_i(x) (w, d)). InputError for `clip` where f_i has no rows."""
         raise NotImplementedError
 
     def smoothness_product(self, u_i, data: Any) -> Any:

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,18 @@ class Rows:
     def denominators(self) -> np.ndarray:
         """(w,) float64: each worker's number of rows, or 1."""
         return np.maximum(np.diff(self.bounds), 1).astype(np.float64)
+
+    @cached_property
+    def lengths(self):
+        """‖a_r‖ (m,) of each row, with the dtype of the rows."""
+        if is_sparse(self.a):           # on the host: a GPU's bincount adds in any order
+            row = np.repeat(np.arange(len(self.y)), np.diff(host(self.a.indptr)))
+            total = np.bincount(row, np.square(host(self.a.data).astype(np.float64)), len(self.y))
+        else:
+            total = xp(self.y).empty(len(self.y))
+            for k in range(0, len(total), PART):
+                total[k:k + PART] = squares(self.a[k:k + PART].astype(np.float64))
+        return xp(self.y).asarray(np.sqrt(total), self.y.dtype)
 
     @cached_property
     def by_column(self) -> tuple[Any, ...] | None:
@@ -113,22 +126,17 @@ class LinearModel(Problem):
 
     def prepare(self, shard, ids, n, seed, dtype):
         if shard is None:
-            raise InputError(f"problem.name: '{self.name}' learns from data, but there is no table [data]; "
-                             "expected data.file")
+            raise no_data(self)
         y, outputs = self.labels(shard)
-        a = with_intercept(shard.x) if self.intercept else shard.x
-        if is_sparse(a):
-            a = dataclasses.replace(a, data=np.ascontiguousarray(a.data, dtype))
-        else:
-            a = np.ascontiguousarray(a, dtype)
+        a = contiguous(with_intercept(shard.x) if self.intercept else shard.x, dtype)
         ones = is_sparse(a) and bool((a.data == 1).all())
         return Rows(a, y.astype(dtype), np.asarray(shard.offsets, np.int64), shard.features, outputs, ones)
 
     def x0(self, data, seed, dtype):
         return np.full(data.outputs * data.a.shape[1], self.start, dtype)
 
-    def loss_grad(self, x, data, batch=None, out=None, loss=True):
-        return linear_model(x, data, self, batch, out, loss)
+    def loss_grad(self, x, data, batch=None, out=None, loss=True, clip=None):
+        return linear_model(x, data, self, batch, out, loss, None if clip == inf else clip)
 
     def smoothness_product(self, u_i, data):
         if data.outputs == 1:       # c Aᵀ A u / m is c times a gradient of least squares: at u, with the labels 0
@@ -147,10 +155,10 @@ class LinearModel(Problem):
 
 
 @accelerated
-def linear_model(x, data: Rows, problem: LinearModel, batch=None, out=None, loss: bool = True):
-    """LinearModel.loss_grad."""
+def linear_model(x, data: Rows, problem: LinearModel, batch=None, out=None, loss: bool = True, clip=None):
+    """LinearModel.loss_grad; clip: finite or None. Row r's gradient is slopes_r a_rᵀ, its norm ‖slopes_r‖ ‖a_r‖."""
     owners = np.diff(data.bounds) > 0
-    a, y = data.matrix, data.y
+    a, y, rows = data.matrix, data.y, slice(None)
     if batch is None:
         offsets, denominators = data.bounds, data.denominators
     else:
@@ -162,7 +170,10 @@ def linear_model(x, data: Rows, problem: LinearModel, batch=None, out=None, loss
 
     z = scores(a, x, offsets)
     values, slopes = problem.link(z, y)
-    combine(a, slopes / per_row(denominators, offsets, z), offsets, g)
+    slopes = slopes / per_row(denominators, offsets, z)
+    if clip is not None:
+        slopes *= shrinkage(norms(slopes) * data.lengths[rows, None], per_row(clip / denominators, offsets, z))
+    combine(a, slopes, offsets, g)
     losses = sums(values, offsets) / xp(x).asarray(np.where(np.diff(offsets), denominators, 1)) if loss else None
     penalised = np.s_[..., :data.features]
     problem.regularize(x[penalised] if x.ndim == 3 else x[None][penalised], g[penalised], losses, owners)
@@ -224,6 +235,21 @@ def sums(values, offsets):
     return total
 
 
+def norms(v):
+    """‖v_r‖ (m, 1) of the rows of v (m, C)"""
+    return abs(v) if v.shape[1] == 1 else xp(v).sqrt(squares(v))[:, None]
+
+
+def squares(v):
+    """‖v_r‖² (m,) of the rows of v (m, n)"""
+    return xp(v).einsum("rn,rn->r", v, v)
+
+
+def shrinkage(norm, most):
+    """min(1, most / norm) for norms ≥ 0 and most > 0; NaN for a norm that is NaN, 0 for an infinite one."""
+    return most / xp(norm).maximum(norm, most)
+
+
 def per_row(value_i, offsets, like):
     """value_i (w,) once for each row of worker i, (m, 1), on the device and with the dtype of `like`."""
     return xp(like).asarray(np.repeat(value_i, np.diff(offsets))[:, None], like.dtype)
@@ -240,6 +266,19 @@ def blocks(offsets) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
 
 def is_sparse(a) -> bool:
     return hasattr(a, "indptr")
+
+
+def contiguous(a, dtype):
+    """a, dense or data.Csr, with its numbers in one block of this dtype."""
+    if is_sparse(a):
+        return dataclasses.replace(a, data=np.ascontiguousarray(a.data, dtype))
+    return np.ascontiguousarray(a, dtype)
+
+
+def no_data(problem: Problem) -> InputError:
+    """What to raise where a problem that learns from data gets none."""
+    return InputError(f"problem.name: '{problem.name}' learns from data, but there is no table [data]; expected "
+                      "data.file")
 
 
 def with_intercept(a):

@@ -82,7 +82,10 @@ class Quadratic(Problem):
     def x0(self, data, seed, dtype):
         return np.full(data.a_i.shape[1], self.start, dtype)
 
-    def loss_grad(self, x, data, batch=None, out=None, loss=True):
+    def loss_grad(self, x, data, batch=None, out=None, loss=True, clip=None):
+        if clip is not None:
+            raise InputError("privacy.level: problem.name = 'quadratic' has no rows whose gradients could be clipped; "
+                             "expected \"worker\"", agreed=True)
         if batch is not None:
             raise InputError("run.batch: problem.name = 'quadratic' has no rows to draw from; expected \"full\"")
         difference = x - data.c_i
