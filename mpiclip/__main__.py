@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         if started_rank() > 0:                          # a mistake in the command is said once
             with contextlib.redirect_stderr(io.StringIO()):
                 args = parser().parse_args(argv)
-            if args.verb not in (train, resume, bench, doctor):
+            if args.verb not in (train, resume, sweep, bench, doctor):
                 return DONE                             # one rank is enough
         else:
             args = parser().parse_args(argv)
@@ -70,18 +70,29 @@ def parser() -> argparse.ArgumentParser:
     new = verb(resume, "resume")
     new.add_argument("out", metavar="DIR", help="the folder of the run")
     new.add_argument("--set", dest="settings", **setting)
+    new = verb(sweep, "sweep")
+    new.add_argument("configs", nargs="+", metavar="CONFIG", help="TOML files, with a table [grid] or without")
+    new.add_argument("--grid", action="append", default=[], metavar="TABLE.KEY=VALUE,VALUE…",
+                     help="a run for each of these values, and each combination with the others")
+    new.add_argument("--set", dest="settings", **setting)
+    new.add_argument("--out", help="folder of the runs' folders (default: runs/NAME-OF-CONFIG)")
+    new.add_argument("--ranks", type=int, metavar="R", help="R ranks for each run, as many runs at the same time as "
+                                                            "there are ranks for (default: all ranks, one run)")
     new = verb(show, "show")
     new.add_argument("dirs", nargs="+", metavar="DIR", help="folders of runs")
     new.add_argument("--json", action="store_true", help="for programs")
     new = verb(plot, "plot")
-    new.add_argument("dirs", nargs="+", metavar="DIR", help="folders of runs")
-    new.add_argument("--x", default="round", help="round, seconds or bytes (default: round)")
-    new.add_argument("--y", default="loss", help="a metric: loss, grad_norm, accuracy … (default: loss)")
+    new.add_argument("dirs", nargs="+", metavar="DIR", help="folders of runs, or of folders of runs")
+    new.add_argument("--x", default="round", help="round, seconds, bytes or epsilon (default: round); "
+                                                  "with commas a column of panels for each")
+    new.add_argument("--y", default="loss", help="a metric: loss, grad_norm, accuracy … (default: loss); "
+                                                 "with commas a row of panels for each")
+    new.add_argument("--rows", metavar="TABLE.KEY", help="a row of panels for each value of a key")
     new.add_argument("-o", dest="out", metavar="FILE", help="PNG, SVG or PDF (default: METRIC.png)")
 
     data = verbs.add_parser("data", help="Import and describe data sets.").add_subparsers(required=True, metavar="VERB")
     new = verb(data_import, "import", within=data)
-    new.add_argument("sources", nargs="+", metavar="SOURCE", help="LIBSVM text, npz or csv; also .gz, .bz2, .xz")
+    new.add_argument("sources", nargs="+", metavar="SOURCE", help="LIBSVM text, npz, csv, idx; also .gz, .bz2, .xz")
     new.add_argument("dest", metavar="DEST.h5")
     new.add_argument("--format", help="default: guessed from the name, then from the content")
     new.add_argument("--test", nargs="+", default=[], metavar="SOURCE", help="the test rows")
@@ -90,6 +101,22 @@ def parser() -> argparse.ArgumentParser:
     new = verb(data_info, "info", within=data)
     new.add_argument("file")
 
+    new = verb(privacy, "privacy")
+    new.add_argument("config", nargs="?", help="a TOML file; or none, and the numbers:")
+    new.add_argument("--set", dest="settings", **setting)
+    new.add_argument("--sigma", type=float, metavar="σ", help="standard deviation of a coordinate's noise; asks for ε")
+    new.add_argument("--epsilon", type=float, metavar="ε", dest="target", help="asks for σ")
+    new.add_argument("--delta", type=float, metavar="δ")
+    new.add_argument("--rounds", type=int, metavar="T", help="how often there is a message, or a gradient")
+    new.add_argument("--tau", type=float, metavar="τ", help="the longest message: workers are protected")
+    new.add_argument("--clip", type=float, metavar="C", help="the longest gradient of a row: rows are protected")
+    new.add_argument("--batch", type=float, metavar="B", help="expected rows in a gradient, by which their sum is "
+                                                              "divided (default: 1)")
+    new.add_argument("--rate", type=float, metavar="q", help="the probability of each row to be in it (default: 1)")
+    new.add_argument("--workers", type=int, metavar="N", help="whose noise adds up, with --against model (default: 1)")
+    new.add_argument("--against", choices=["server", "model"], help="who looks: at all messages (the default), or at "
+                                                                    "the models only")
+    new.add_argument("--json", action="store_true", help="for programs")
     new = verb(bench, "bench")
     new.add_argument("what", choices=["kernels", "exchange"])
     new.add_argument("--json", action="store_true", help="for programs")
@@ -120,6 +147,24 @@ def resume(args) -> int:
     return AGAIN if resume(args.out, args.settings, progress=True).stopped else DONE
 
 
+def sweep(args) -> int:
+    """Run a family of experiments: every combination of configs and values. The same command goes on with it."""
+    from .comm import world
+    from .show import show
+    from .sweep import sweep
+    ranks = world()
+    family = sweep(args.configs, args.grid, args.settings, args.out, ranks, args.ranks, progress=True)
+    there = [folder for folder in family.folders.values() if (folder / "run.h5").exists()]
+    if ranks.rank == 0 and there and not family.stopped:
+        print(show(there))
+    if ranks.rank == 0 and family.failed:
+        sys.stderr.write(f"mpiclip: {len(family.failed)} of {len(family.folders)} runs failed\n"
+                         + "".join(f"  {name}: {reason}\n" for name, reason in family.failed.items()))
+    if ranks.rank == 0 and family.stopped:
+        sys.stderr.write("stopped; the same command goes on\n")
+    return AGAIN if family.stopped else BAD_INPUT if family.failed else DONE
+
+
 def show(args) -> None:
     """What ran, its last metrics, the seconds by part; several runs side by side."""
     from .show import show
@@ -129,7 +174,7 @@ def show(args) -> None:
 def plot(args) -> None:
     """Draw a metric of several runs on one picture."""
     from .plot import plot
-    print(plot(args.dirs, args.x, args.y, args.out))
+    print(plot(args.dirs, args.x, args.y, args.out, args.rows))
 
 
 def data_import(args) -> None:
@@ -144,6 +189,36 @@ def data_info(args) -> None:
     """What is in an HDF5 data file."""
     from .data import info
     print(info(args.file))
+
+
+def privacy(args) -> None:
+    """ε for σ, or σ for ε: of a config's experiment, or of numbers."""
+    import dataclasses
+    import json
+
+    from .privacy import epsilon, report, report_text, statement
+    names = ("sigma", "target", "delta", "rounds", "tau", "clip", "batch", "rate", "workers", "against")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.config is None:
+        if args.settings:
+            raise InputError(f"--set {args.settings[0]}: expected a config that it changes")
+        found = report(**given)
+        print(json.dumps(found) if args.json else report_text(found, "epsilon" if args.target is None else "sigma"))
+        return
+    if given:
+        name = next(iter(given)).replace("target", "epsilon")
+        raise InputError(f"--{name}: not with a config; expected --set, e.g. --set method.epsilon=8")
+    from .comm import Comm
+    from .config import load
+    from .training import Training
+    run = Training(load(args.config, args.settings), Comm(), None)
+    if run.mechanism is None:
+        raise InputError(f"{args.config}: there is no noise; expected method.sigma, or method.epsilon and method.delta")
+    table, releases = run.config.privacy, run._releases(run.rounds)
+    spent = epsilon(run.mechanism, releases)
+    text = statement(run.mechanism, releases, spent, table.noise, table.scaling)
+    print(json.dumps({"mechanism": dataclasses.asdict(run.mechanism), "releases": releases, "epsilon": spent,
+                      "statement": text}) if args.json else text)
 
 
 def bench(args) -> None:

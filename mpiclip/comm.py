@@ -92,6 +92,14 @@ class Comm:
         """End all ranks now."""
         self.mpi.Abort(status)
 
+    def split(self, size: int) -> Comm:
+        """This rank's group of `size` ranks; the others form such groups, too. Every rank keeps its threads and GPU."""
+        if size == self.size:
+            return self
+        group = Comm(self.mpi.Split(self.rank // size, self.rank))
+        group.local_rank, group.local_size, group.threads = self.local_rank, self.local_size, self.threads
+        return group
+
     # ---- small things: Python objects, numbers, agreement
 
     def all(self, item: Any) -> list:

@@ -6,6 +6,7 @@ import inspect
 import os
 import tomllib
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,18 @@ class Aggregate(Table):
     attack: dict[str, Any] | None = None                        # { name = …, … }: the last f workers are Byzantine
 
 
+class Privacy(Table):
+    """[privacy]: what the noise of method.sigma or method.epsilon protects, and how it is accounted for."""
+
+    level: Literal["worker", "example"] = "worker"              # a worker's whole data set, or one row of it
+    clip: float | None = Field(None, gt=0, allow_inf_nan=False)     # of examples: the longest gradient that one row has
+    adjacency: Literal["replace", "add_remove"] | None = None   # default: replace for workers, add_remove for examples
+    against: Literal["server", "model"] = "server"              # who sees every message, or who sees the models only
+    accountant: Literal["pld", "rdp"] = "pld"
+    scaling: Literal["certified", "paper"] = "certified"        # how σ follows from ε
+    noise: Literal["secret", "reproducible"] = "secret"         # reproducible: from run.seed, for tests; not private
+
+
 class Run(Table):
     """[run]: how much, with what, and how often to look."""
 
@@ -63,12 +76,14 @@ class Config(Table):
     problem: problems.Problem
     method: methods.Method
     aggregate: Aggregate = Aggregate()
+    privacy: Privacy = Privacy()
     run: Run = Run()
 
     def as_dict(self) -> dict[str, Any]:
         """The tables as plain values: what load() takes, with every default written out."""
         tables = {name: getattr(self, name).model_dump(exclude_none=True)
-                  for name in ("data", "problem", "method", "aggregate", "run") if getattr(self, name) is not None}
+                  for name in ("data", "problem", "method", "aggregate", "privacy", "run")
+                  if getattr(self, name) is not None and (name != "privacy" or self.method.private)}
         tables["problem"]["name"], tables["method"]["name"] = type(self.problem).name, type(self.method).name
         return tables
 
@@ -79,9 +94,17 @@ def load(source: str | os.PathLike | dict, settings: Sequence[str] = ()) -> Conf
     where = "config" if isinstance(source, dict) else str(source)
     tables = {k: dict(v) if isinstance(v, dict) else v for k, v in
               (source if isinstance(source, dict) else _read(Path(source))).items()}
+    if "grid" in tables:
+        raise InputError(f"{where}: [grid] makes it a family of runs; expected `mpiclip sweep {where}`")
     for setting in settings:
-        _set(tables, setting)
+        override(tables, setting)
     return _checked(tables, where)
+
+
+def split_grid(source: str | os.PathLike | dict) -> tuple[dict, dict]:
+    """The tables of a config, and apart from them its [grid], from which `mpiclip sweep` makes a family of runs."""
+    tables = dict(source if isinstance(source, dict) else _read(Path(source)))
+    return tables, tables.pop("grid", {})
 
 
 def _read(path: Path) -> dict:
@@ -93,7 +116,7 @@ def _read(path: Path) -> dict:
         raise InputError(f"{path}: this is not TOML: {error}") from None
 
 
-def _set(tables: dict, setting: str) -> None:
+def override(tables: dict, setting: str) -> None:
     """Apply one --set table.key=value. The value is TOML; what is not, is a string (so that names need no quotes)."""
     key, equals, text = setting.partition("=")
     table, _, name = key.strip().partition(".")
@@ -125,9 +148,9 @@ def _checked(tables: dict, where: str) -> Config:
     built: dict[str, Any] = {}
     for table, record in (("problem", problems.load(tables["problem"]["name"])),
                           ("method", methods.load(tables["method"]["name"])),
-                          ("data", Data), ("aggregate", Aggregate), ("run", Run)):
+                          ("data", Data), ("aggregate", Aggregate), ("privacy", Privacy), ("run", Run)):
         if table in tables:
-            values = {k: v for k, v in tables[table].items() if k != "name" or record in (Data, Aggregate, Run)}
+            values = {k: v for k, v in tables[table].items() if k != "name" or table not in ("problem", "method")}
             built[table] = _record(record, values, table, where)
     if "data" in built:         # a run can be resumed from another folder
         built["data"] = built["data"].model_copy(update={"file": os.path.abspath(built["data"].file)})
@@ -185,3 +208,51 @@ def _check_together(config: Config, where: str) -> None:
     for name in agg.rules:
         if name not in rules.RULES:
             raise unknown(f"{where}: aggregate.rules", name, rules.RULES)
+    if getattr(config.method, "compressor", None) is not None:
+        for key, refused in (("rules", agg.rules), ("attack", agg.attack), ("at", agg.at == "rank0")):
+            if refused:
+                raise InputError(f"{where}: aggregate.{key} = {getattr(agg, key)!r}: not with method.compressor; every "
+                                 "rank receives the compressed messages and takes their mean")
+    _check_privacy(config, where)
+
+
+def _check_privacy(config: Config, where: str) -> None:
+    """That the noise has something to protect: a bound on what it is added to, found without a look at the data."""
+    method, privacy, agg = config.method, config.privacy, config.aggregate
+    examples = privacy.level == "example"
+    if not method.private:
+        if privacy != Privacy() or method.delta is not None:
+            raise InputError(f"{where}: {'privacy' if privacy != Privacy() else 'method.delta'} is given, but there is "
+                             "no noise; expected method.sigma, or method.epsilon and method.delta")
+        return
+    if method.sigma is not None and method.epsilon is not None:
+        raise InputError(f"{where}: method.sigma = {method.sigma:g} and method.epsilon = {method.epsilon:g}: expected "
+                         "one of them, the other follows from it")
+    if method.delta is None:
+        raise InputError(f"{where}: method.delta: missing; expected the δ of (ε, δ)-differential privacy, well below "
+                         "1 over the number of those who are protected, e.g. 1e-5")
+    if examples != (privacy.clip is not None):
+        raise InputError(f"{where}: privacy.clip: " + (
+            "missing; expected the length at which every row's gradient is clipped" if examples else
+            "workers' messages are clipped at the method's own threshold; expected only with privacy.level = "
+            "\"example\""))
+    if examples and config.data is None:
+        raise InputError(f"{where}: privacy.level = 'example': '{config.problem.name}' has no rows to protect; "
+                         "expected a problem that learns from data")
+    if not examples and method.bound() is None:
+        able = [name for name in methods.names() if methods.load(name).bound is not methods.Method.bound]
+        raise InputError(f"{where}: method.name = '{method.name}': nothing bounds what a worker sends, so no noise can "
+                         f"make it private; expected one of {', '.join(able)}, or privacy.level = \"example\"")
+    if privacy.scaling == "paper" and (examples or method.epsilon is None):
+        raise InputError(f"{where}: privacy.scaling = 'paper': expected with method.epsilon, and privacy.level = "
+                         "'worker'")
+    if privacy.against == "model" and (agg.rules or agg.attack):
+        raise InputError(f"{where}: privacy.against = 'model': only in a mean of all workers' messages their noise "
+                         "adds up; expected no aggregate.rules and no aggregate.attack")
+    for key in ("tau", "stepsize"):
+        value = getattr(method, key, None)
+        if not isinstance(value, int | float | None):
+            raise InputError(f"{where}: method.{key} = {value if isinstance(value, str) else value.model_dump()}: is "
+                             "calculated from the data, which no noise would protect; expected a number")
+        if key == "tau" and not examples and value is not None and not 0 < value < inf:
+            raise InputError(f"{where}: method.tau = {value:g}: bounds nothing; expected a finite number above 0")

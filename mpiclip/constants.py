@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil, log, sqrt
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +20,13 @@ PRECISION, DOUBT = 0.005, 1e-6      # ε, and the probability that the estimate 
 
 def resolve(method: Method, x, workers: Workers, server: Server) -> Method:
     """The method with every constant a number. Raises InputError where the problem has no bound on its Hessian."""
-    values = method.model_dump()
-    if isinstance(tau := getattr(method, "tau", None), Quantile):
-        values["tau"] = float(np.quantile(workers.first_norms(x), tau.quantile))
+    values: dict[str, float] = {}
+    tau: Any = getattr(method, "tau", None)
+    if isinstance(tau, Quantile):
+        tau = values["tau"] = float(np.quantile(workers.first_norms(x), tau.quantile))
     if isinstance(rule := getattr(method, "stepsize", None), str):
         L, L_max = smoothness(workers, server)
-        values["stepsize"] = 1 / L if rule == "1/L" else clip21_stepsize(values["tau"], L, L_max, x, workers, server)
+        values["stepsize"] = 1 / L if rule == "1/L" else clip21_stepsize(tau, L, L_max, x, workers, server)
     return method.model_copy(update=values)
 
 

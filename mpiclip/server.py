@@ -9,6 +9,7 @@ import numpy as np
 
 from . import ops
 from .comm import Comm
+from .compressors import Message
 from .device import Device, host, xp
 from .rows import Rows
 
@@ -23,21 +24,24 @@ class Server:
     Which rank is the server of which coordinates (columns):
       sharded      each rank owns an equal share: the traffic of an all-reduce, and no rank ever holds n·d numbers;
       rank0        rank 0 owns them all (a Gather and a Bcast): only rank 0 need be trusted;
-      replicated   a short vector, of which only means are taken, is owned whole by every rank (one small all-reduce).
+      replicated   every rank owns all: a short vector, of which only means are taken (one small all-reduce); and what
+                   compressed messages add up to, which all ranks receive from all workers.
 
     `own` is the slice of this rank's columns. Server vectors have the length of `own`; `join` makes them whole.
 
     How vectors travel: ranks of one host write theirs on a board, an (n, d) array in shared memory, and read the
     columns that they own from where they are: nothing is copied, and a mean is summed in the same order, so has the
     same bytes, for any number of ranks. `mine` is this rank's part of the board: a vector made there is posted already.
-    Several hosts, or GPUs (board = False), send columns by MPI's all-to-all and all-gather."""
+    Several hosts, or GPUs (board = False), send columns by MPI's all-to-all and all-gather.
+    Compressed messages, rows of `message` bytes, are posted on a board of their own, or all-gathered. Every rank adds
+    up all n of them, in the workers' order: a mean has the same bytes for any number of ranks."""
 
     def __init__(self, comm: Comm, d: int, workers: int, here: int, device: Device, dtype: str, at: str = "sharded",
-                 means_only: bool = True, gpu_aware: bool = False, board: bool = True):
+                 means_only: bool = True, gpu_aware: bool = False, board: bool = True, message: int = 0):
         self.comm, self.d, self.n, self.device, self.dtype = comm, d, workers, device, np.dtype(dtype)
         self.hosted = np.array(comm.all(here))                  # workers on each rank
         size = comm.size
-        if at == "sharded" and means_only and d * self.dtype.itemsize <= SMALL:
+        if message or (at == "sharded" and means_only and d * self.dtype.itemsize <= SMALL):
             at = "replicated"
         self.at = at
         shares = {"sharded": [d // size + (r < d % size) for r in range(size)],
@@ -49,18 +53,24 @@ class Server:
         self.own = slice(first, first + int(self.counts[comm.rank]))
         self.gpu_aware = gpu_aware or device.xp is np
         self._buffers: dict[str, Any] = {}
-        self._board = comm.shared((workers, d), dtype) if board and device.xp is np else None
+        self._board = comm.shared((workers, d), dtype) if board and device.xp is np and not message else None
         self._joined = comm.shared((d,), dtype) if self._board is not None else None
+        self._posts = comm.shared((2, workers, message), np.uint8) if board and message else None
+        self._turn = 0
         above = int(self.hosted[:comm.rank].sum())
-        self.mine = device.xp.empty((here, d), dtype) if self._board is None else self._board[above:above + here]
+        self._here = slice(above, above + here)                 # this rank's workers
+        self.mine = device.xp.empty((here, d), dtype) if self._board is None else self._board[self._here]
         self.mine[:] = 0        # the rank that is the first to touch a page has it near
 
     # ---- the three movements
 
     def mean(self, u_i):
-        """(1/n) Σ_i u_i over all workers, this rank's columns of it. u_i: (w, d), this rank's workers."""
+        """(1/n) Σ_i u_i over all workers, this rank's columns of it. u_i: (w, d), this rank's workers, or their
+        compressed messages."""
         start = perf_counter()
-        if self.comm.size == 1:
+        if isinstance(u_i, Message):
+            result = self._mean_of_messages(u_i)
+        elif self.comm.size == 1:
             result = ops.row_sum(u_i, 1 / self.n, out=self._buffer("mean", self.d, like=u_i))
         elif self._board is not None:
             mean = self._buffer("mean", self.own.stop - self.own.start, like=u_i)
@@ -130,6 +140,33 @@ class Server:
         others = int(self.counts.sum()) - int(self.counts[self.comm.rank])      # columns that other ranks read here
         self.comm.sent += len(u_i) * others * u_i.itemsize
         return self._board[:, self.own]
+
+    def _mean_of_messages(self, own: Message):
+        """(1/n) Σ_i C(u_i), whole. own: the messages of this rank's workers."""
+        mean = self._buffer("mean", self.d, like=self.mine)
+        mean[:] = 0
+        own.with_others(self._everybodys(own.rows)).add_to(mean)
+        mean *= mean.dtype.type(1 / self.n)
+        return mean
+
+    def _everybodys(self, rows: np.ndarray) -> np.ndarray:
+        """All workers' messages (n, bytes), in host memory, until the next call. Posts alternate between two boards:
+        whoever writes on one again has met all ranks at the barrier of the call between, so all have read it."""
+        comm = self.comm
+        if comm.size == 1:
+            return rows
+        if self._posts is not None:
+            self._turn = 1 - self._turn
+            everybodys = self._posts[self._turn]
+            everybodys[self._here] = rows
+            comm.barrier()
+        else:
+            everybodys = self._buffer("messages", (self.n, rows.shape[1]), like=rows)
+            row = comm.number(rows.dtype).Create_contiguous(rows.shape[1]).Commit()
+            comm.mpi.Allgatherv([rows, row], [everybodys, (self.hosted, None), row])
+            row.Free()
+        comm.sent += (comm.size - 1) * rows.nbytes
+        return everybodys
 
     def _reduce(self, local):
         """The mean's columns from each rank's sum: one small all-reduce, or an all-to-all and local sums."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ def show(dirs: Sequence[str | Path], as_json: bool = False) -> str:
     """The text that `mpiclip show` prints. JSON: an object with the keys config, rounds, workers, ranks, final,
     seconds, bytes_sent, or a list of them for several runs; what is not a finite number is null. Raises InputError for
     a folder without a readable run."""
+    dirs = folders(dirs)
     runs = [summary(dir) for dir in dirs]
     if as_json:
         return json.dumps(runs[0] if len(runs) == 1 else runs, indent=2, ensure_ascii=False)
@@ -36,22 +39,65 @@ def summary(dir: str | Path) -> dict[str, Any]:
         "config": record.config(header), "rounds": int(final.get("round", 0)),
         "workers": header.get("workers"), "ranks": header.get("ranks"), "version": header.get("version"),
         "dimension": header.get("dimension"), "constants": header.get("constants", {}),
+        "privacy": header.get("privacy"),
         "final": final, "seconds": final.get("seconds"), "bytes_sent": final.get("bytes")})
+
+
+def folders(dirs: Sequence[str | Path]) -> list[Path]:
+    """The folders of the runs that dirs stand for: a folder of runs, as a sweep leaves it, stands for all below it, in
+    the order of their names, numbers by their size."""
+    found: list[Path] = []
+    for dir in map(Path, dirs):
+        below = [] if (dir / "run.h5").exists() else [path.parent for path in dir.rglob("run.h5")]
+        found += sorted(below, key=lambda path: by_number(str(path))) or [dir]
+    return found
+
+
+def by_number(text: str) -> list[str | float]:
+    """For sorting: the text, with the numbers in it as numbers."""
+    parts = re.split(r"(\d+\.?\d*(?:e[+-]?\d+)?)", text)
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def labels(configs: Sequence[dict[str, Any]], dirs: Sequence[str | Path]) -> list[str]:
     """Names that tell runs apart: the method, and the keys whose values differ between the runs; the folder where that
     is not enough, or too much to read."""
-    flat = [_flat(config) for config in configs]
-    keys = [key for key in dict.fromkeys(key for f in flat for key in f)
-            if key != "method.name" and len({str(f.get(key)) for f in flat}) > 1]
+    flat = [flatten(config) for config in configs]
+    keys = [key for key in varying(flat) if key != "method.name"]
     names = []
     for f, dir in zip(flat, dirs, strict=True):
         method = str(f.get("method.name", Path(dir).name))
-        name = ", ".join([method] + [_setting(key, f[key]) for key in keys if key in f])
+        name = ", ".join([method] + [setting(key, f[key]) for key in keys if key in f])
         names.append(name if len(name) <= 48 else f"{method} ({Path(dir).name})")
-    return [name if names.count(name) == 1 else f"{name} ({Path(dir).name})"
+    apart = len({Path(dir).name for dir in dirs}) == len(dirs)
+    return [name if names.count(name) == 1 else f"{name} ({Path(dir).name if apart else dir})"
             for name, dir in zip(names, dirs, strict=True)]
+
+
+def varying(flat: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys in which flat configs differ; not those that some methods do not have, and the others leave alone."""
+    def differ(key: str) -> bool:
+        there = [f for f in flat if key in f]
+        return len({str(f[key]) for f in there}) > 1 or (
+            len(there) < len(flat) and not all(_is_default(f, key) for f in there))
+    keys = [key for key in dict.fromkeys(key for f in flat for key in f) if differ(key)]
+    # of those that come together with another and never change, the first of them says it all: ε, and with it δ
+    where = {key: tuple(key in f for f in flat) for key in keys}
+    moving = {where[key] for key in keys if len({str(f[key]) for f in flat if key in f}) > 1}
+    first = {where[key]: key for key in reversed(keys)}
+    return [key for key in keys if all(where[key]) or len({str(f[key]) for f in flat if key in f}) > 1
+            or (where[key] not in moving and first[where[key]] == key)]
+
+
+def _is_default(f: dict[str, Any], key: str) -> bool:
+    """Whether a key of a method, a problem or [privacy] has the value that it has where it is not given."""
+    from . import config, methods, problems
+    table, _, name = key.partition(".")
+    known: Any = config.Privacy if table == "privacy" else None
+    for module in (methods, problems):
+        if module.__name__.endswith(f".{table}s") and f.get(f"{table}.name") in module.names():
+            known = module.load(f[f"{table}.name"])
+    return known is not None and name in known.model_fields and known.model_fields[name].default == f[key]
 
 
 def about(config: dict[str, Any]) -> str:
@@ -61,21 +107,21 @@ def about(config: dict[str, Any]) -> str:
     if details == ["none"]:
         details = []
     elif "lam" in problem:
-        details.append(_setting("lam", problem["lam"]))
+        details.append(setting("lam", problem["lam"]))
     file = config.get("data", {}).get("file")
     return (problem.get("name", "?") + (f" ({', '.join(details)})" if details else "")
             + (f" on {Path(file).name}" if file else ""))
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"method": {"tau": 1}} → {"method.tau": 1}"""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
-def _setting(key: str, value: Any) -> str:
+def setting(key: str, value: Any) -> str:
     """τ = 0.1; of a name or a file only the value"""
     *_, table, name = ["", *key.split(".")]
     if name == "file":
@@ -84,13 +130,18 @@ def _setting(key: str, value: Any) -> str:
         return f"{table} {value}" if table == "attack" else str(value)
     if name == "rules":
         return " → ".join(value) or "mean"
-    return f"{GREEK.get(name, name.replace('_', ' '))} = {f'{value:g}' if isinstance(value, float) else value}"
+    said = f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else value
+    return f"{GREEK.get(name, name.replace('_', ' '))} = {said}"
 
 
 def _constant(key: str, value: Any, resolved: Any) -> str:
-    """stepsize = 0.5; of one that the config left to a rule, the rule as well: stepsize = 0.0213 (theory)"""
-    rule = ", ".join(f"{k} {v:g}" for k, v in value.items()) if isinstance(value, dict) else value
-    return _setting(key, resolved) + ("" if resolved == value else f" ({rule})")
+    """stepsize = 0.5; of one that the config left to a rule, the rule as well: stepsize = 0.0213 (theory); a table in
+    words: compressor = top_k, k 100"""
+    rule = value
+    if isinstance(value, dict):
+        rule = ", ".join(str(v) if k == "name" else k if v is True else f"{k} {v:g}" for k, v in value.items()
+                         if v is not False)
+    return setting(key, rule if resolved == value else resolved) + ("" if resolved == value else f" ({rule})")
 
 
 def _finite(value: Any) -> Any:
@@ -121,6 +172,8 @@ def _one(run: dict[str, Any], dir: str | Path) -> str:
     settings, asked = config.get("run", {}), config.get("run", {}).get("rounds", run["rounds"])
     method = [_constant(key, value, run["constants"].get(key, value))
               for key, value in config.get("method", {}).items() if key != "name"]
+    if "epsilon" in config.get("method", {}):
+        method.append(setting("sigma", run["constants"].get("sigma")))         # calculated from ε
     problem = about(config) + (f", d = {run['dimension']}" if run["dimension"] else "")
     facts = [
         ("run", f"{dir} (mpiclip {run['version']})" if run["version"] else str(dir)),
@@ -138,12 +191,23 @@ def _one(run: dict[str, Any], dir: str | Path) -> str:
         results.append(("privacy spent", f"ε = {number(final['epsilon'])}{at}"))
     if run["bytes_sent"] is not None:
         results.append(("sent per rank", size(run["bytes_sent"])))
+    parts = [_statement(run)] if run["privacy"] else []
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for fact in [*facts, ("", ""), *results]:
         table.add_row(*fact)
-    return _text(table, _seconds(run)) if run["seconds"] else _text(table)
+    return _text(table, *parts, *([_seconds(run)] if run["seconds"] else []))
+
+
+def _statement(run: dict[str, Any]) -> str:
+    """What is guaranteed so far, against whom, and under which assumption."""
+    from .privacy import Mechanism, statement
+    told, table = run["privacy"], run["config"].get("privacy", {})
+    releases = (run["rounds"] + told["repeated"]) * told["releases_per_round"]
+    spent = run["final"].get("epsilon")
+    return "\n" + statement(Mechanism(**told["mechanism"]), releases, math.inf if spent is None else spent,
+                            table["noise"], table["scaling"])
 
 
 def _seconds(run: dict[str, Any]):
@@ -169,7 +233,9 @@ def _several(runs: Sequence[dict[str, Any]], dirs: Sequence[str | Path]) -> str:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     metrics = [name for name in ("loss", "grad_norm", "accuracy", "perplexity", "epsilon")
                if any(run["final"].get(name) is not None for run in runs)]
-    table.add_column("run", overflow="fold", min_width=6)
+    within = {os.path.dirname(dir) for dir in dirs}
+    shown = [os.path.basename(dir) if len(within) == 1 else str(dir) for dir in dirs]
+    table.add_column("run", overflow="fold", min_width=min(18, max(map(len, shown))))
     table.add_column("method", min_width=12)
     columns = {"rounds": [str(run["rounds"]) for run in runs],
                **{name: [number(run["final"].get(name)) for run in runs] for name in metrics},
@@ -179,9 +245,9 @@ def _several(runs: Sequence[dict[str, Any]], dirs: Sequence[str | Path]) -> str:
     for name, cells in columns.items():
         table.add_column(name, justify="right", min_width=max(len(cell) for cell in [name, *cells]))
     names = labels([run["config"] for run in runs], dirs)
-    for dir, name, *cells in zip(dirs, names, *columns.values(), strict=True):
-        table.add_row(str(dir), name, *cells)
-    return _text(table)
+    for dir, name, *cells in zip(shown, names, *columns.values(), strict=True):
+        table.add_row(dir, name, *cells)
+    return (f"{folder}:\n" if len(within) == 1 and (folder := within.pop()) else "") + _text(table)
 
 
 def _text(*parts) -> str:

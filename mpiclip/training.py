@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import signal
 import sys
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +18,11 @@ from math import inf
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from . import checkpoint, constants, data, record
+from . import checkpoint, constants, data, privacy, record
 from . import config as configs
 from .aggregation import Aggregation
 from .attacks import ATTACKS
@@ -28,9 +30,10 @@ from .comm import Comm, world
 from .config import Config
 from .device import host, select, set_threads
 from .errors import InputError
+from .ledger import Ledger
 from .server import Server
 from .version import __version__
-from .workers import CHECKPOINT, GO, NOT_FINITE, STOP, Workers
+from .workers import CHECKPOINT, GO, NOT_FINITE, STOP, Examples, Workers
 
 PATIENCE = 600.0            # seconds between two checkpoints, unless run.checkpoint_every says how many rounds
 PARTS = ("grad", "clip", "comm", "rules", "eval")
@@ -85,13 +88,16 @@ def resume(out: str | os.PathLike, settings: Sequence[str] = (), comm: Any = Non
     with ranks.agree():
         header, lines = record.read(Path(out))
         before = record.config(header)
-        now = configs.load(json.loads(json.dumps(before)), settings)
-        for table, values in now.as_dict().items():
+        tables = json.loads(json.dumps(before))
+        for setting in settings:
+            configs.override(tables, setting)
+        for table, values in tables.items():
             for key, value in values.items():
                 old = before.get(table, {}).get(key)
                 if value != old and f"{table}.{key}" not in MAY_CHANGE:
                     raise InputError(f"{table}.{key} = {value!r}: {out} was started with {old!r}; a resumed run may "
                                      f"change only {', '.join(sorted(MAY_CHANGE))}")
+        now = configs.load(tables)
     return Training(now, ranks, out, progress, lines).run()
 
 
@@ -105,6 +111,30 @@ def attack_of(table: dict[str, Any] | None) -> Callable | None:
     if table is None:
         return None
     return partial(ATTACKS[table["name"]], **{key: value for key, value in table.items() if key != "name"})
+
+
+@contextmanager
+def stop_signals(ask: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for an end, after this round and a checkpoint. Launchers and schedulers
+    may send them twice; a person who presses Ctrl-C again, seconds later, is obeyed at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = inf
+
+    def stop(number, frame):
+        nonlocal asked
+        if number == signal.SIGINT and perf_counter() - asked > 2:
+            raise KeyboardInterrupt
+        asked = min(asked, perf_counter())
+        ask()
+
+    before = {sig: signal.signal(sig, stop) for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
 
 
 def _vectors(array):
@@ -135,15 +165,22 @@ class Training:
             self.test = None if tested is None else self.device.put_all(
                 problem.prepare(tested, tested.ids, tested.n, run.seed, run.dtype))
         x = problem.x0(inputs, run.seed, run.dtype)
+        compressor = getattr(config.method, "compressor", None)
+        with comm.agree():
+            if compressor is not None:
+                compressor.check(len(x), getattr(config.method, "contractive", False))
         self.server = Server(comm, len(x), n, len(ids), self.device, run.dtype, agg.at,
-                             means_only=not agg.rules and not agg.attack, gpu_aware=run.gpu_aware_mpi)
+                             means_only=not agg.rules and not agg.attack, gpu_aware=run.gpu_aware_mpi,
+                             message=0 if compressor is None else compressor.bytes(len(x), run.dtype))
         self.workers = Workers(problem, self.device.put_all(inputs), None if shard is None else shard.offsets, ids,
                                len(x), run.dtype, self.device, comm, self.server.mine, run.seed,
                                None if run.batch == "full" else run.batch, honest, tolerant=bool(agg.rules))
         with comm.agree():
             self.aggregate = Aggregation(self.server, agg.rules, agg.f, attack_of(agg.attack), byzantine,
                                          self.workers.confirm)
-        self.start, self.stop_asked = 0, False
+        comm.sent, comm.seconds = 0, 0.0                        # of this run alone
+        self.start, self.stop_asked, self.repeated = 0, False, 0
+        self._lock: TextIO | None = None
         self.began, self.seconds = perf_counter(), dict.fromkeys(PARTS, 0.0)
         self.saved, self.saved_round = self.began, -1           # the newest checkpoint: when, and after which round
         self.s = SimpleNamespace(x=self.device.put(x[self.server.own].copy()))
@@ -156,8 +193,10 @@ class Training:
             names = before.dtype.names or ()
             self.lines = [dict(zip(names, map(float, line), strict=True)) for line in before
                           if line["round"] < self.start]
-        self.record = self._open_record(before is not None)
-        self.progress = record.Progress(run.rounds, self.start) if progress and comm.rank == 0 else None
+        self.mechanism = self._calibrate() if self.method.private else None
+        self.record, self.ledger = self._open_files(before is not None)
+        self.rounds = self._affordable(run.rounds, self.method.epsilon)
+        self.progress = record.Progress(self.rounds, self.start) if progress and comm.rank == 0 else None
         if self.progress:
             sys.stderr.write(self._what_runs())
 
@@ -168,12 +207,14 @@ class Training:
         config, workers, k = self.config, self.workers, self.start
         x = self._whole_x()
         stopped = False
-        with self._signals():
-            while k < config.run.rounds and not stopped:
+        with stop_signals(self.stop):
+            while k < self.rounds and not stopped:
                 if k % config.run.eval_every == 0:
                     self._evaluate(k, x)
                 workers.begin(k)
                 workers.wish = STOP if self.stop_asked else self._checkpoint_due(k)
+                if self.ledger:
+                    self.ledger.release(k + 1)
                 try:
                     self._round(x)
                 except InputError:
@@ -185,7 +226,7 @@ class Training:
                 stopped = workers.agreed == STOP
                 if workers.agreed >= CHECKPOINT:
                     self._save(k)
-                if self.progress and self.lines and k < config.run.rounds:
+                if self.progress and self.lines and k < self.rounds:
                     self.progress.update(k, self.lines[-1])
             if not stopped:
                 self._evaluate(k, x)
@@ -193,6 +234,10 @@ class Training:
                 if self.progress:
                     self.progress.update(k, self.lines[-1])
         return self._finish(x, stopped)
+
+    def stop(self) -> None:
+        """Ask for an end after this round and a checkpoint."""
+        self.stop_asked = True
 
     def _round(self, x) -> None:
         """One round of the method; what is neither gradient nor exchange nor rules is the method's own: clipping."""
@@ -218,11 +263,12 @@ class Training:
                 *(["accuracy"] if self._accuracy_of is not None else []),
                 *(["clipped"] if hasattr(self.s, "clipped_i") else []),
                 *(["replaced"] if self.config.aggregate.rules else []),
+                *(["epsilon"] if self.mechanism else []),
                 "bytes", *(f"seconds_{part}" for part in PARTS)]
 
     def _evaluate(self, k: int, x) -> None:
         """Metrics of x^k; what belongs to a round (clipped, replaced) is of the round that made x^k."""
-        start, gradients, exchange = perf_counter(), self.workers.seconds, self.comm.seconds
+        start, gradients, exchange = perf_counter(), self.workers.seconds, (self.comm.seconds, self.comm.sent)
         line = {"round": k, **self.workers.evaluate(x, self.server)}
         if self._accuracy_of is not None:
             correct, rows = self.comm.total(self.config.problem.accuracy(x, self._accuracy_of))
@@ -232,33 +278,89 @@ class Training:
             line["clipped"] = float(self.comm.total(clipped_i.sum())) / self.workers.honest
         if self.config.aggregate.rules:
             line["replaced"] = self.aggregate.replaced
+        if self.mechanism:
+            spent = privacy.epsilon(self.mechanism, self._releases(k)) if self.comm.rank == 0 else 0.0
+            line["epsilon"] = self.comm.same(spent)
+        self.comm.seconds, self.comm.sent = exchange    # an evaluation's exchange is evaluation, not the method's
         line["bytes"] = self.comm.highest(self.comm.sent)
         grad = self.workers.seconds - gradients
         self.seconds["grad"] += grad
         self.seconds["eval"] += perf_counter() - start - grad
-        self.comm.seconds = exchange                    # an evaluation's exchange is evaluation, not exchange
         line["seconds"] = perf_counter() - self.began
         line |= {f"seconds_{part}": seconds for part, seconds in self.seconds.items()}
         self.lines.append(line)
         if self.record:
             self.record.append(line)
 
+    # ---- privacy
+
+    def _calibrate(self) -> privacy.Mechanism:
+        """What the accountant has to know of one release; and σ, where the config gives ε."""
+        method, table, run, rows = self.method, self.config.privacy, self.config.run, self.workers.offsets
+        counts = [] if rows is None else np.concatenate(self.comm.all(np.diff(rows)))[:self.workers.honest].tolist()
+        with self.comm.agree():
+            mechanism = privacy.mechanism_of(method, table, self.server.n, counts, run.batch)
+            if method.sigma is None and method.epsilon is not None and self.comm.rank == 0:
+                sigma = (privacy.paper_scaling(mechanism.bound, method.epsilon, mechanism.delta, run.rounds)
+                         if table.scaling == "paper" else
+                         privacy.sigma_for(method.epsilon, self._releases(run.rounds), mechanism))
+                mechanism = dataclasses.replace(mechanism, sigma=sigma)
+        mechanism = self.comm.same(mechanism)
+        self.method = method.model_copy(update={"sigma": mechanism.sigma})
+        if table.clip is not None:
+            self.workers.examples = Examples(table.clip, mechanism.sigma)
+        return mechanism
+
+    def _releases(self, rounds: int) -> int:
+        """How often the data have been used after so many rounds."""
+        return (rounds + self.repeated) * (self.method.gradients if self.config.privacy.level == "example" else 1)
+
+    def _affordable(self, rounds: int, budget: float | None) -> int:
+        """The rounds that this run may do: all, unless some had to be repeated, or were added later, and would exceed
+        the ε that was asked for."""
+        mechanism = self.mechanism
+        if mechanism is None or budget is None or self.config.privacy.scaling == "paper":
+            return rounds
+        affordable, most = rounds, budget * (1 + 1e-6)
+        if self.comm.rank == 0 and privacy.epsilon(mechanism, self._releases(rounds)) > most:
+            affordable = bisect_right(range(rounds), most,
+                                      key=lambda k: privacy.epsilon(mechanism, self._releases(k))) - 1
+            sys.stderr.write(f"mpiclip: round {affordable} will be the last one, instead of round {rounds}: then ε = "
+                             f"{budget:g} is spent ({self.repeated} rounds had to be repeated)\n")
+        return max(self.start, self.comm.same(affordable))
+
     # ---- on disk
 
-    def _open_record(self, resumed: bool):
-        """run.h5, on rank 0."""
-        if self.out is None:
-            return None
-        header = {"config": json.dumps(self.config.as_dict()), "version": __version__, "workers": self.server.n,
-                  "ranks": self.comm.size, "dimension": self.server.d, "constants": self.method.model_dump(),
-                  "data": self.fingerprint, "device": self.device.name, "host": platform.node()}
-        opened = None
+    def _open_files(self, resumed: bool) -> tuple[record.Record | None, Ledger | None]:
+        """On rank 0: run.h5 and, of a private run, its book. Every rank gets the key of the noise, and learns how many
+        rounds have been repeated."""
+        opened = book = None
+        secret = f"reproducible {self.config.run.seed}".encode() if self.mechanism else b""
+        keeps_book = self.mechanism is not None and self.config.privacy.noise == "secret"
         with self.comm.agree():
             if self.comm.rank == 0:
-                self._lock = record.lock(self.out)
-                opened = (record.Record.resume(self.out, self.start - 1, header) if resumed else
-                          record.Record.create(self.out, header, self._columns()))
-        return opened
+                self._lock = record.lock(self.out) if self.out else None
+                if resumed and keeps_book:
+                    book = Ledger(self.out, self.start)
+                    self.repeated = book.repeated
+                if self.out:
+                    opened = (record.Record.resume(self.out, self.start - 1, self._header()) if resumed else
+                              record.Record.create(self.out, self._header(), self._columns()))
+                if not resumed and keeps_book:
+                    book = Ledger(self.out)
+        self.workers.secret, self.repeated = self.comm.same((book.secret if book else secret, self.repeated))
+        return opened, book
+
+    def _header(self) -> dict[str, Any]:
+        """What run.h5 says of the run as a whole."""
+        header = {"config": json.dumps(self.config.as_dict()), "version": __version__, "workers": self.server.n,
+                  "ranks": self.comm.size, "dimension": self.server.d,
+                  "constants": self.method.model_dump(exclude_none=True),
+                  "data": self.fingerprint, "device": self.device.name, "host": platform.node()}
+        if self.mechanism:
+            header["privacy"] = {"mechanism": dataclasses.asdict(self.mechanism), "repeated": self.repeated,
+                                 "releases_per_round": self._releases(1) - self._releases(0)}
+        return header
 
     def _checkpoint_due(self, k: int) -> int:
         every = self.config.run.checkpoint_every
@@ -271,8 +373,8 @@ class Training:
             return
         if self.record:
             self.record.sync()
-        header = {"config": self.config.as_dict(), "constants": self.method.model_dump(), "data": self.fingerprint,
-                  "version": __version__, "bytes": self.comm.highest(self.comm.sent),
+        header = {"config": self.config.as_dict(), "constants": self.method.model_dump(exclude_none=True),
+                  "data": self.fingerprint, "version": __version__, "bytes": self.comm.highest(self.comm.sent),
                   "seconds": {"all": perf_counter() - self.began, **self.seconds}}
         checkpoint.save(self.out, self.comm, k, {name: self._piece(name) for name in vars(self.s)}, header,
                         self.config.run.keep)
@@ -316,7 +418,7 @@ class Training:
                         part[:] = self.device.put(saved.read(name, row * d + own.start, own.stop - own.start))
         saved.close()
         self.start = self.saved_round = saved.round
-        self.method = self.config.method.model_copy(update=saved.header["constants"])
+        self.method = type(self.config.method)(**saved.header["constants"])
         self.comm.sent = saved.header["bytes"]
         self.began -= saved.header["seconds"].pop("all")
         self.seconds |= saved.header["seconds"]
@@ -335,14 +437,20 @@ class Training:
     def _what_runs(self) -> str:
         """What is computed where: for the person who started it."""
         config, comm = self.config, self.comm
-        constants = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                              for key, value in self.method.model_dump().items())
+        constants = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else
+                              f"{key} {' '.join(map(str, value.values()))}" if isinstance(value, dict) else
+                              f"{key} {value}" for key, value in self.method.model_dump(exclude_none=True).items())
+        protected = ""
+        if self.mechanism:
+            table, releases = config.privacy, self._releases(self.rounds)
+            spent = privacy.epsilon(self.mechanism, releases)
+            protected = privacy.statement(self.mechanism, releases, spent, table.noise, table.scaling) + "\n"
         aggregate = " ∘ ".join(reversed(config.aggregate.rules)) or "mean"
         return (f"{config.method.name} ({constants}) on {config.problem.name}, d = {self.server.d}\n"
                 f"{self.server.n} workers on {comm.size} rank{'s' * (comm.size > 1)}, {self.device.name}, "
                 f"{config.run.threads or comm.threads} thread{'s' * (comm.threads > 1)} each; {aggregate} of what the "
                 f"workers send, {self.server.at}\n"
-                f"{'from round ' + str(self.start) + ', ' if self.start else ''}writing {self.out}\n")
+                f"{protected}{'from round ' + str(self.start) + ', ' if self.start else ''}writing {self.out}\n")
 
     @property
     def _accuracy_of(self):
@@ -351,29 +459,6 @@ class Training:
             return None
         return self.test if self.test is not None else self.workers.data
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for an end after this round and a checkpoint. Launchers and
-        schedulers may send them twice; a person who presses Ctrl-C again, seconds later, is obeyed at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        asked = inf
-
-        def stop(number, frame):
-            nonlocal asked
-            if number == signal.SIGINT and perf_counter() - asked > 2:
-                raise KeyboardInterrupt
-            asked = min(asked, perf_counter())
-            self.stop_asked = True
-
-        before = {sig: signal.signal(sig, stop) for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for sig, handler in before.items():
-                signal.signal(sig, handler)
-
     def _finish(self, x, stopped: bool) -> Run:
         if self.progress:
             self.progress.close()
@@ -381,6 +466,7 @@ class Training:
                 sys.stderr.write(f"stopped after round {self.saved_round}; to go on: mpiclip resume {self.out}\n")
         if self.record:
             self.record.close()
+        if self._lock:
             self._lock.close()
         names = self._columns()
         metrics = {name: np.array([line.get(name, np.nan) for line in self.lines], np.float64) for name in names}

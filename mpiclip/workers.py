@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import isfinite
 from time import perf_counter
 from typing import Any
@@ -10,12 +11,22 @@ import numpy as np
 
 from . import ops
 from .comm import Comm
+from .compressors import Compressor, Message
 from .device import Device, host
 from .errors import InputError
+from .noise import add_noise, keys
 from .streams import stream
 
 # What the ranks agree on once a round: the highest of all wishes counts.
 GO, CHECKPOINT, STOP, NOT_FINITE = range(4)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What makes single rows private: each one's gradient is clipped at C, and their mean gets the noise N(0, σ² I)."""
+
+    clip: float         # C
+    sigma: float        # σ
 
 
 class Workers:
@@ -27,6 +38,8 @@ class Workers:
     batch           rows that a worker draws for a gradient, independently and uniformly from its own; None: all of them
     honest          how many of the n workers are honest (the first ones): only they have an f_i
     tolerant        robust rules deal with gradients that are not finite; otherwise they stop the run
+    secret          the key of the noise and of whatever else must not be guessed; empty: there is no noise
+    examples        what makes single rows private; None: the messages are, or nothing is
     round           the number of the round, set by the loop
     wish            what this rank wishes for at the next agreement: GO, CHECKPOINT or STOP
     agreed          what all ranks agreed on in this round; NOT_FINITE: before any state had changed
@@ -37,10 +50,14 @@ class Workers:
         self.problem, self.data, self.offsets, self.ids = problem, data, offsets, ids
         self.d, self.dtype, self.device, self.comm = d, np.dtype(dtype), device, comm
         self.seed, self.batch, self.honest, self.tolerant = seed, batch, honest, tolerant
+        self.secret = b""
+        self.examples: Examples | None = None
         self.round, self.wish, self.agreed = 0, GO, GO
         self.seconds = 0.0
         self._g_i = rows            # (w, d): where the gradients are written
         self._step = 0              # calls of grad in this round
+        self._noises = 0            # calls of noise in this round
+        self._messages = 0          # calls of compress in this round
         self._failed = False        # a gradient of a later local step was not finite
         self._known = None          # the x at which _g_i already holds the full gradients
 
@@ -49,8 +66,15 @@ class Workers:
     def grad(self, x):
         """∇f_i(x), (w, d), or its estimate from a minibatch. x: (d,), or (w, d) with a point for each worker. The array
         is the caller's to overwrite until the next call. In the first call of a round all ranks agree whether to go on:
-        a gradient that is not finite raises InputError on all of them before any state has changed."""
-        if x is not self._known:
+        a gradient that is not finite raises InputError on all of them before any state has changed.
+
+        Where single rows are private: (1/B_i) Σ_r clip_C(∇ℓ_r(x)) + λ∇r(x) + N(0, σ² I), the sum over a Poisson sample
+        of worker i's rows, B_i its expected size (DP-SGD: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1). Whatever a
+        method makes of it is as private."""
+        if self.examples:
+            self._gradients(x, self._draw(), clip=self.examples.clip)
+            add_noise(self._g_i, self.examples.sigma, self._keys("gradient", self._step))
+        elif x is not self._known:
             self._gradients(x, self._draw())
         self._known = None
         self._step += 1
@@ -62,6 +86,21 @@ class Workers:
             if self.agreed == NOT_FINITE:
                 self._raise_not_finite(x)
         return self._g_i
+
+    def noise(self, u_i, sigma: float | None):
+        """u_i + N(0, σ² I), in place: what makes messages u_i (w, d) private. σ = 0 or None adds nothing, nor is there
+        anything to add where single rows are private: their gradients have had their noise. Returns u_i."""
+        if sigma and not self.examples:
+            add_noise(u_i, sigma, self._keys("message", self._noises))
+            self._noises += 1
+        return u_i
+
+    def compress(self, u_i, compressor: Compressor) -> Message:
+        """C(u_i) as it travels; u_i (w, d) is unmodified. message.add_to(v_i) does v_i += C(u_i), aggregate(message) is
+        (1/n) Σ C(u_i)."""
+        round, call = self.round, self._messages
+        self._messages += 1
+        return compressor.compress(u_i, self.ids, lambda worker: stream(self.seed, "compress", worker, round, call))
 
     def confirm(self) -> None:
         """Before the workers' vectors are aggregated: InputError, on all ranks, if a gradient of a later local step was
@@ -85,14 +124,14 @@ class Workers:
 
     def begin(self, round: int) -> None:
         """Begin a round."""
-        self.round, self._step, self._failed = round, 0, False
+        self.round, self._step, self._noises, self._messages, self._failed = round, 0, 0, 0, False
 
     def evaluate(self, x, server) -> dict[str, float]:
         """loss f(x) and grad_norm ‖∇f(x)‖ over all rows of all honest workers. The gradients are kept: a full-batch
         round at the same x finds them ready."""
         loss_i = self._gradients(x, None, loss=True)
         mean = server.mean(self._g_i)
-        self._known = x if self.batch is None else None
+        self._known = x if self.batch is None and self.examples is None else None
         norm = server.norm(mean) * server.n / self.honest
         return {"loss": float(self.comm.total(host(loss_i).sum()) / self.honest), "grad_norm": norm}
 
@@ -103,9 +142,9 @@ class Workers:
 
     # ---- inside
 
-    def _gradients(self, x, batch, loss: bool = False):
+    def _gradients(self, x, batch, loss: bool = False, clip: float | None = None):
         start = perf_counter()
-        loss_i, _ = self.problem.loss_grad(x, self.data, batch, out=self._g_i, loss=loss)
+        loss_i, _ = self.problem.loss_grad(x, self.data, batch, out=self._g_i, loss=loss, clip=clip)
         self.seconds += perf_counter() - start
         return loss_i
 
@@ -114,12 +153,27 @@ class Workers:
         if self.batch is None or self.offsets is None:
             return None
         have = np.flatnonzero(np.diff(self.offsets))            # Byzantine workers have no rows
-        rows = [stream(self.seed, "batch", int(self.ids[i]), self.round, self._step)
-                .integers(self.offsets[i], self.offsets[i + 1], self.batch) for i in have]
-        sizes = np.zeros(len(self.ids), np.int64)
-        sizes[have] = self.batch
-        return (np.concatenate(rows) if rows else np.empty(0, np.int64),
-                np.concatenate([[0], np.cumsum(sizes)]), np.maximum(sizes, 1).astype(np.float64))
+        rows = self._poisson(have, self.offsets, self.batch) if self.examples else [
+            stream(self.seed, "batch", int(self.ids[i]), self.round, self._step)
+            .integers(self.offsets[i], self.offsets[i + 1], self.batch) for i in have]
+        sizes, expected = np.zeros(len(self.ids), np.int64), np.ones(len(self.ids))
+        sizes[have], expected[have] = list(map(len, rows)), self.batch
+        return (np.concatenate(rows) if rows else np.empty(0, np.int64), np.concatenate([[0], np.cumsum(sizes)]),
+                expected)
+
+    def _poisson(self, have: np.ndarray, offsets: np.ndarray, batch: int) -> list[np.ndarray]:
+        """A Poisson sample of each of these workers' rows: every row is in it with the probability batch/m_i, whatever
+        the others do. Who could guess it would gain nothing from the sampling, so it follows from the secret."""
+        samples = []
+        for i, key in zip(have, self._keys("sample", self._step)[have], strict=True):
+            draw, m = np.random.Generator(np.random.Philox(key=key)), int(offsets[i + 1] - offsets[i])
+            count = draw.binomial(m, batch / m)
+            samples.append(offsets[i] + np.sort(draw.choice(m, count, replace=False, shuffle=False)))
+        return samples
+
+    def _keys(self, purpose: str, step: int) -> np.ndarray:
+        """The keys of this rank's workers' noise in this round, (w, 2) uint64."""
+        return keys(self.secret, purpose, self.ids, self.round, step)
 
     def _raise_not_finite(self, x) -> None:
         norms = host(ops.norms(self._g_i))

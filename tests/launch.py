@@ -32,3 +32,26 @@ def finish(process: subprocess.Popen, timeout: float = 60) -> subprocess.Complet
         out, err = process.communicate()
         pytest.fail(f"hung for {timeout} s\n{out}\n{err}")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def ranks_of(process) -> list[int]:
+    """The process numbers of the ranks under an mpirun."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            command = (path.parent / "cmdline").read_bytes()
+            if b"OMPI_COMM_WORLD_RANK=" in path.read_bytes() and b"mpiclip" in command and os.getpgid(
+                    int(path.parent.name)) and str(process.pid).encode() in parents(path.parent):
+                found.append(int(path.parent.name))
+        except (OSError, ProcessLookupError):
+            continue
+    return sorted(found)
+
+
+def parents(path: Path) -> list[bytes]:
+    """The numbers of a process's ancestors."""
+    line = []
+    while (number := (path / "stat").read_text().rpartition(")")[2].split()[1]) != "0":
+        line.append(number.encode())
+        path = Path("/proc", number)
+    return line

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from launch import finish, start
+from launch import finish, ranks_of, start
 from mpiclip.__main__ import main
 
 CONFIG = """
@@ -167,29 +167,6 @@ def test_a_signal_stops_after_a_checkpoint(mpiclip, folder, number):
     assert mpiclip(0, "resume", "run", "--set", f"run.rounds={reached + 7}").returncode == 0
     assert mpiclip(0, "train", "job.toml", "--out", "whole", "--set", f"run.rounds={reached + 7}").returncode == 0
     assert model(folder / "run").tobytes() == model(folder / "whole").tobytes()
-
-
-def ranks_of(process) -> list[int]:
-    """The process numbers of the ranks under an mpirun."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            command = (path.parent / "cmdline").read_bytes()
-            if b"OMPI_COMM_WORLD_RANK=" in path.read_bytes() and b"mpiclip" in command and os.getpgid(
-                    int(path.parent.name)) and str(process.pid).encode() in parents(path.parent):
-                found.append(int(path.parent.name))
-        except (OSError, ProcessLookupError):
-            continue
-    return sorted(found)
-
-
-def parents(path: Path) -> list[bytes]:
-    """The numbers of a process's ancestors."""
-    line = []
-    while (number := (path / "stat").read_text().rpartition(")")[2].split()[1]) != "0":
-        line.append(number.encode())
-        path = Path("/proc", number)
-    return line
 
 
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(folder):

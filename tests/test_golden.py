@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 import mpiclip
+from mpiclip import config as configs
 from mpiclip import rules
+from mpiclip.comm import Comm
 from mpiclip.rows import Rows
+from mpiclip.training import Training
 
 # f_1 = ½(x+3)², f_2 = (x−3)²: their mean is least at 1, but for x in [−2, 2.5] gradients clipped at τ = 1 cancel.
 TOY = {"name": "quadratic", "curvature": [[1], [2]], "centre": [[-3], [3]]}
@@ -25,6 +28,58 @@ def test_clip21_toy_trajectory():
     expected = [0, 0, 0, 0, 0.05, 0.1475, 0.275375, 0.38406875]
     for k, x in enumerate(expected):
         assert toy("clip21", k, tau=1, stepsize=0.1).x == pytest.approx(x, abs=1e-15)
+
+
+def state(method, rounds, **constants):
+    """The state after so many rounds on the toy."""
+    config = configs.load({"problem": TOY, "method": {"name": method, **constants},
+                           "run": {"workers": 2, "rounds": rounds, "dtype": "float64"}})
+    training = Training(config, Comm(), None)
+    training.run()
+    return training.s
+
+
+def test_clip21_toy_states():
+    """v_1, v_2 and v, exactly as calculated by hand."""
+    expected = [(1, -1, 0), (2, -2, 0), (3, -3, 0), (3, -4, -0.5), (3.05, -5, -0.975), (3.1475, -5.705, -1.27875),
+                (3.275375, -5.44925, -1.0869375)]
+    for k, (v_1, v_2, v) in enumerate(expected):
+        s = state("clip21", k + 1, tau=1, stepsize=0.1)
+        np.testing.assert_allclose([*s.v_i[:, 0], s.v[0]], [v_1, v_2, v], rtol=0, atol=1e-14)
+
+
+def test_clip21_sgd2m_toy():
+    """β = β̂ = ½, τ = 1, γ = 0.1: v_i, g_i and g, which is 0 for four rounds; x moves after the fifth."""
+    v_1 = [1.5, 2.25, 2.625, 2.8125, 2.90625]
+    g_i = [(0.5, -0.5), (1, -1), (1.5, -1.5), (2, -2), (2.453125, -2.5)]
+    for t in range(5):
+        s = state("clip21_sgd2m", t + 1, tau=1, stepsize=0.1, beta=0.5, beta_server=0.5)
+        np.testing.assert_allclose(s.v_i[:, 0], [v_1[t], -2 * v_1[t]], rtol=0, atol=1e-15)
+        np.testing.assert_allclose(s.g_i[:, 0], g_i[t], rtol=0, atol=1e-15)
+        np.testing.assert_allclose([s.g[0], s.x[0]], [0, 0] if t < 4 else [-0.0234375, 0.00234375], atol=1e-16)
+
+
+def test_alpha_normec_toy():
+    """α = 1, β = 2, γ = 0.1: ∇f_i(0) = (3, −6), so c = (6/4, −12/7), g = −3/28 and x = 3/280; then the second round."""
+    s = state("alpha_normec", 1, alpha=1, beta=2, stepsize=0.1)
+    np.testing.assert_allclose([*s.g_i[:, 0], s.g[0], s.x[0]], [3 / 2, -12 / 7, -3 / 28, 3 / 280], rtol=1e-14)
+    e_1, e_2 = 3 + 3 / 280 - 3 / 2, 2 * (3 / 280 - 3) + 12 / 7
+    g = -3 / 28 + (2 * e_1 / (1 + e_1) + 2 * e_2 / (1 - e_2)) / 2
+    s = state("alpha_normec", 2, alpha=1, beta=2, stepsize=0.1)
+    np.testing.assert_allclose([s.g[0], s.x[0]], [g, 3 / 280 - 0.1 * g], rtol=1e-13)
+
+
+@pytest.mark.parametrize("name, constants", [
+    ("clip21_sgd2m", {"tau": 1, "beta": 0.5, "beta_server": 0.5}), ("clip21_sgd2m", {"tau": 0.3, "beta": 1,
+                                                                                    "beta_server": 0.2}),
+    ("alpha_normec", {"alpha": 1, "beta": 1}), ("alpha_normec", {"alpha": 0.1, "beta": 0.1})])
+def test_others_of_the_family_reach_the_minimum_too(name, constants):
+    assert toy(name, stepsize=0.1, **constants).x == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.3])
+def test_momentum_does_not_help_clip_gd(beta):
+    assert toy("clip_gd", tau=1, stepsize=0.1, beta=beta).x == pytest.approx(0, abs=0.01)
 
 
 @pytest.mark.parametrize("stepsize", [0.05, 0.1, 0.2, 0.5])
@@ -75,6 +130,11 @@ def trajectory_end(method, rounds=20, **constants):
     (("sgd", {"stepsize": 0.2}), ("gd", {"stepsize": 0.2})),
     (("celgc", {"eta": 0.2, "gamma": 1e9}), ("gd", {"stepsize": 0.2})),
     (("naive_parallel", {"eta": 0.2, "gamma": 1e9}), ("gd", {"stepsize": 0.2})),
+    (("clip21_sgd2m", {"tau": 1.0, "stepsize": 0.2, "beta": 1, "beta_server": 1}),
+     ("clip21", {"tau": 1.0, "stepsize": 0.2})),
+    (("clip21_sgd2m", {"tau": np.inf, "stepsize": 0.2, "beta": 1, "beta_server": 1}), ("gd", {"stepsize": 0.2})),
+    (("clip21_sgd2m", {"tau": np.inf, "stepsize": 0.2, "beta": 0.3, "beta_server": 1}),
+     ("clip_gd", {"tau": np.inf, "stepsize": 0.2, "beta": 0.3})),
 ])
 def test_equivalent_methods(a, b):
     np.testing.assert_allclose(trajectory_end(a[0], **a[1]), trajectory_end(b[0], **b[1]), rtol=1e-12)
@@ -141,6 +201,11 @@ def test_arc_clips_k_rows(n, f, k):
     X = np.random.default_rng(n).normal(size=(n, 4))
     changed = (rules.arc(Rows(X), f).columns() != X).any(1)
     assert changed.sum() == k
+
+
+def test_clipping_golden():
+    expected = [[0.5345, 1.0690, 1.6036], [0.9117, 1.1396, 1.3675], [1.0051, 1.1487, 1.2923]]
+    np.testing.assert_allclose(mpiclip.clip(THREE, 2.0), expected, atol=5e-5)
 
 
 def test_nnm_golden():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from matplotlib.image import imread
 
 from mpiclip.errors import InputError
 from mpiclip.plot import COLORS, plot
-from mpiclip.record import Record
-from mpiclip.show import labels, show
+from mpiclip.record import Record, read
+from mpiclip.show import folders, labels, show
 
 COLUMNS = ["round", "seconds", "loss", "grad_norm", "accuracy", "bytes", "epsilon", "seconds_grad", "seconds_comm"]
 
@@ -88,8 +89,8 @@ def test_labels_say_what_differs():
     assert labels([config(), config()], ["x/a", "x/b"]) == ["clip21 (a)", "clip21 (b)"]
     assert labels([{"aggregate": {"rules": rules}} | config() for rules in ([], ["arc", "median"])], ["a", "b"]) == [
         "clip21, mean", "clip21, arc → median"]
-    many = {f"constant_{letter}": 1.0 for letter in "abcde"}
-    assert labels([config(**many), config()], ["x/a", "x/b"]) == ["clip21 (a)", "clip21"]
+    many = [{f"constant_{letter}": value for letter in "abcde"} for value in (1.0, 2.0)]
+    assert labels([config(**many[0]), config(**many[1])], ["x/a", "x/b"]) == ["clip21 (a)", "clip21 (b)"]
 
 
 def pixels(picture, color):
@@ -143,3 +144,157 @@ def test_what_cannot_be_drawn(tmp_path):
         plot([tmp_path / "a"], out=tmp_path / "nowhere" / "picture.png")
     with pytest.raises(InputError, match=r"no run\.h5 there"):
         plot([tmp_path / "b"])
+
+
+# ---- families: many runs, several panels
+
+
+def a_family(folder, **more):
+    """clip_gd and clip21 at three thresholds."""
+    return [run(folder / f"{name}-tau={tau:g}", name, tau, **more)
+            for name in ("clip_gd", "clip21") for tau in (0.01, 0.1, 1.0)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that plot() has saved, to look into."""
+    from matplotlib.figure import Figure
+    figures, save = [], Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        figures.append(self)
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def legend_of(figure) -> list[str]:
+    legend, = figure.legends
+    return [text.get_text() for text in legend.get_texts() if text.get_text()]
+
+
+def test_a_folder_of_runs_stands_for_them_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for tau in (10.0, 2.0, 0.5, 1e-5):
+        run(tmp_path / "all" / "deep" / f"tau={tau:g}", tau=tau)
+    alone = run(tmp_path / "alone")
+    names = ["tau=1e-05", "tau=0.5", "tau=2", "tau=10"]
+    assert folders([alone, "all"]) == [alone, *(Path("all/deep") / name for name in names)]
+    assert [line.split()[0] for line in show(["all"]).splitlines() if "tau=" in line] == names
+    assert "all/deep:" in show(["all"])
+    assert len(json.loads(show(["all", "alone"], as_json=True))) == 5
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: no run\.h5 there"):
+        show(["empty"])
+
+
+def test_panels_share_y_and_a_legend(tmp_path, drawn):
+    a_family(tmp_path, epsilon=lambda k: math.sqrt(k))
+    plot([tmp_path], "round,bytes,epsilon", "grad_norm,loss", tmp_path / "p.png")
+    figure, = drawn
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "", "round", "bytes sent per rank",
+                                                           "privacy spent, ε"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["‖∇f(x)‖", "", "", "f(x)", "", ""]
+    assert [axes.get_yscale() for axes in figure.axes] == ["log"] * 3 + ["linear"] * 3
+    assert len({axes.get_ylim() for axes in figure.axes[:3]}) == len({axes.get_ylim() for axes in figure.axes[3:]}) == 1
+    assert legend_of(figure) == ["clip21", "τ = 0.01", "clip_gd", "τ = 0.1", "τ = 1"]       # column after column
+    for axes in figure.axes:
+        assert len(axes.lines) == 6
+        assert [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines] == [
+            (color, *style) for color in COLORS[:2] for style in (("-", "o"), ("--", "s"), ("-.", "D"))]
+
+
+def test_two_keys_are_lines_and_markers(tmp_path, drawn):
+    for name in ("clip_gd", "clip21"):
+        for tau in (0.1, 1.0):
+            for seed in (1, 2, 3):
+                dir = run(tmp_path / f"{name}-{tau}-{seed}", name, tau)
+                settings = json.loads(read(dir)[0]["config"])
+                settings["run"]["seed"] = seed
+                Record.resume(dir, 100, {"config": json.dumps(settings)}).close()
+    plot([tmp_path], y="grad_norm", out=tmp_path / "p.png")
+    assert set(legend_of(drawn[0])) == {"clip_gd", "clip21", "τ = 0.1", "τ = 1", "seed = 1", "seed = 2", "seed = 3"}
+    styles = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in drawn[0].axes[0].lines}
+    assert len(styles) == 12 and len({style for _, style, _ in styles}) == 2
+
+
+def test_rows(tmp_path, drawn):
+    a_family(tmp_path)
+    plot([tmp_path], "round,seconds", "grad_norm", tmp_path / "p.png", rows="method.tau")
+    figure, = drawn
+    assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == ["τ = 0.01", "τ = 0.1", "τ = 1"]
+    assert [len(axes.lines) for axes in figure.axes] == [2] * 6
+    assert legend_of(figure) == ["clip21", "clip_gd"]
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+    with pytest.raises(InputError, match=r"--rows: there is no 'method\.tao'; did you mean 'method\.tau'"):
+        plot([tmp_path], rows="method.tao")
+
+
+def test_runs_without_a_metric_are_left_out_of_its_panel_alone(tmp_path, drawn):
+    a_family(tmp_path / "plain")
+    run(tmp_path / "private", "clip21", 5.0, epsilon=lambda k: k)
+    plot([tmp_path], "round,epsilon", "grad_norm", tmp_path / "p.png")
+    assert [len(axes.lines) for axes in drawn[0].axes] == [7, 1]
+    assert [axes.get_title(loc="right") for axes in drawn[0].axes] == ["", "1 of 7 runs"]
+    with pytest.raises(InputError, match="no metric 'epsilon'"):
+        plot([tmp_path / "plain"], "round,epsilon", "grad_norm")
+
+
+def test_bytes_of_runs_on_one_rank(tmp_path, drawn):
+    a_family(tmp_path / "alone", bytes=lambda k: 0.0)
+    with pytest.raises(InputError, match="sent no bytes, it ran on one rank"):
+        plot([tmp_path / "alone"], "round,bytes")
+    run(tmp_path / "ranks", "clip21", 5.0)
+    plot([tmp_path], "round,bytes", out=tmp_path / "p.png")
+    assert [len(axes.lines) for axes in drawn[0].axes] == [7, 1]
+
+
+def test_rounding_noise_gets_no_room(tmp_path, drawn):
+    a_family(tmp_path / "a", grad_norm=lambda k: max(3.0 * 10 ** (-k / 4), 1e-17) if k < 100 else 0.0)
+    plot([tmp_path / "a"], y="grad_norm", out=tmp_path / "p.png")
+    assert drawn[0].axes[0].get_yscale() == "log"
+    assert drawn[0].axes[0].get_ylim()[0] == pytest.approx(3e-12)
+    run(tmp_path / "b", grad_norm=lambda k: 10 ** (-k / 25))
+    plot([tmp_path / "b"], y="grad_norm", out=tmp_path / "p.png")
+    assert 1e-5 < drawn[1].axes[0].get_ylim()[0] < 1e-4             # there is none
+
+
+def test_x_is_logarithmic_where_runs_end_far_apart(tmp_path, drawn):
+    for i, factor in enumerate((1.0, 1e3, 1e5)):
+        run(tmp_path / f"{i}", tau=float(i), seconds=lambda k, factor=factor: 1e-3 * factor * k)
+    plot([tmp_path], "seconds", "grad_norm", tmp_path / "p.png")
+    assert drawn[0].axes[0].get_xscale() == "log"
+    line = drawn[0].axes[0].lines[0]
+    assert line.get_xdata()[0] == 0 and np.isfinite(drawn[0].axes[0].get_xlim()).all()
+    plot([tmp_path / "0", tmp_path / "0"], "seconds", "grad_norm", tmp_path / "p.png")
+    plot([tmp_path], "round", "loss", tmp_path / "p.png")
+    assert [figure.axes[0].get_xscale() for figure in drawn[1:]] == ["linear", "linear"]
+
+
+def test_no_words_overlap(tmp_path, drawn):
+    """Titles, labels and legends of a large family, measured on the drawn picture."""
+    a_family(tmp_path / "a", epsilon=lambda k: 0.1 + k)
+    run(tmp_path / "b", "clip21", 5.0)
+    plot([tmp_path], "round,bytes,epsilon", "grad_norm", tmp_path / "p.png", rows="method.tau")
+    figure, = drawn
+    renderer = figure.canvas.get_renderer()
+    texts = [figure._suptitle, *figure.legends[0].get_texts()]
+    for axes in figure.axes:
+        left, right = axes.get_xlim()
+        texts += [axes.xaxis.label, axes.yaxis.label, axes._left_title, axes._right_title]
+        if axes.get_subplotspec().is_last_row():
+            texts += [tick for tick in axes.get_xticklabels() if left <= tick.get_position()[0] <= right]
+    boxes = [text.get_window_extent(renderer) for text in texts if text.get_text() and text.get_visible()]
+    assert len(boxes) > 20
+    for i, box in enumerate(boxes):
+        assert figure.bbox.padded(1).containsx(box.x0) and figure.bbox.padded(1).containsx(box.x1)
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_labels_leave_out_defaults_and_what_follows_from_another_key():
+    def config(name, **method):
+        return {"method": {"name": name, "stepsize": 1.0, "tau": 1.0} | method}
+    assert labels([config("clip_gd", beta=1.0), config("clip21")], ["a", "b"]) == ["clip_gd", "clip21"]
+    assert labels([config("clip_gd", beta=0.5), config("clip21")], ["a", "b"]) == ["clip_gd, β = 0.5", "clip21"]
+    private = {"epsilon": 2.0, "delta": 1e-5}
+    assert labels([config("clip21", **private), config("clip21")], ["a", "b"]) == ["clip21, ε = 2", "clip21"]

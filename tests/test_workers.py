@@ -6,6 +6,7 @@ import pytest
 
 from mpiclip import constants, methods, problems
 from mpiclip.comm import Comm
+from mpiclip.compressors import RandK
 from mpiclip.data import Csr, Shard
 from mpiclip.device import Device
 from mpiclip.errors import InputError
@@ -187,6 +188,27 @@ def test_workers_without_rows_draw_none():
     assert not nobody.grad(X0).any()
 
 
+# ---- messages
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_message_is_drawn_for_its_worker_round_and_call(ranks):
+    C, u = RandK(k=30), np.ones((4, 60))
+    found = {}
+    for ids in np.array_split(np.arange(4), ranks):
+        workers, _ = party(ids=ids.tolist(), seed=3)
+        for round in (0, 1):
+            workers.begin(round)
+            for call in (0, 1):
+                message = workers.compress(u[ids], C)
+                assert message.workers is workers.ids and message.rows.shape == (len(ids), 30 * 8)
+                for i, kept in zip(ids, message.indices, strict=True):
+                    expected = stream(3, "compress", int(i), round, call).choice(60, 30, replace=False, shuffle=False)
+                    np.testing.assert_array_equal(kept, expected)
+                    found[int(i), round, call] = tuple(kept.tolist())
+    assert len(set(found.values())) == len(found) == 16
+
+
 # ---- evaluation
 
 
@@ -212,13 +234,15 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_anything_has_chang
     with pytest.raises(InputError, match=r"^round 5: the gradient of worker 2 is not finite \(its loss is nan\)") as e:
         workers.grad(bad)
     assert e.value.agreed and workers.agreed == NOT_FINITE
+    step, sparse = {"stepsize": 0.1}, {"compressor": {"name": "top_k", "k": 2}}
+    constants_of = {"gd": step, "sgd": step, "clip21_avg": {"tau": 1.0}, "clip21": step | {"tau": 1.0},
+                    "clip21_sgd2m": step | {"tau": 1.0, "beta": 0.5, "beta_server": 0.5},
+                    "clip_gd": step | {"tau": 1.0, "beta": 0.5}, "alpha_normec": step | {"alpha": 1.0, "beta": 1.0},
+                    "press_clip21": step | sparse | {"tau": 1.0}, "ef21": step | sparse, "dcgd": step | sparse,
+                    "celgc": {"eta": 0.1, "gamma": 0.1, "interval": 3}, "naive_parallel": {"eta": 0.1, "gamma": 0.1}}
     for name in methods.names():
         workers, _ = party(tolerant=False)
-        method = methods.load(name)(**{"gd": {"stepsize": 0.1}, "sgd": {"stepsize": 0.1}, "clip21_avg": {"tau": 1.0},
-                                       "clip21": {"tau": 1.0, "stepsize": 0.1},
-                                       "clip_gd": {"tau": 1.0, "stepsize": 0.1},
-                                       "celgc": {"eta": 0.1, "gamma": 0.1, "interval": 3},
-                                       "naive_parallel": {"eta": 0.1, "gamma": 0.1}}[name])
+        method = methods.load(name)(**constants_of[name])
         s = type("State", (), {})()
         s.x = np.full(P, np.nan)
         method.init(s, workers)

@@ -14,7 +14,10 @@ workers         grad(x) → ∇f_i(x) (w, d), yours to overwrite until the next 
 aggregate(u_i)  (w, d) → the mean over all n workers, or what the robust rules make of them: this rank's columns, valid
                 until the next call; aggregate.norm(u) is the norm of such a server vector
 
-A method that clips keeps s.clipped_i: the share of its steps in this round in which a worker clipped."""
+A method that clips keeps s.clipped_i: the share of its steps in this round in which a worker clipped.
+
+workers.noise(u_i, σ) adds what makes the messages private, if anything does. A method whose messages it has to protect
+says how long they can be, `bound`: what it sends is then at most that long, whatever a worker's data are."""
 
 from __future__ import annotations
 
@@ -40,10 +43,32 @@ StepSize = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["1/L"]
 
 
 class Method(BaseModel):
-    """The base of all methods: a frozen record of constants."""
+    """The base of all methods: a frozen record of constants.
+
+    sigma     σ, the standard deviation of each coordinate of the noise N(0, σ² I) that makes the run private: of a
+              worker's message, or of its gradient where privacy.level = "example"
+    epsilon   ε, from which σ is calculated instead, so that all rounds together are (ε, δ)-differentially private
+    delta     δ"""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
+    sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @property
+    def private(self) -> bool:
+        """Whether noise was asked for."""
+        return self.sigma is not None or self.epsilon is not None
+
+    @property
+    def gradients(self) -> int:
+        """How many gradients a worker computes in a round."""
+        return 1
+
+    def bound(self) -> float | None:
+        """The length that no worker's message can exceed, before the noise; None: there is none."""
+        return None
 
     def init(self, s: Any, workers: Any) -> None:
         """Declare the state beside s.x."""

@@ -17,6 +17,10 @@ class CELGC(Method):
     gamma: Positive                     # γ, the longest step: gradients are clipped at norm γ/η
     interval: int = Field(1, ge=1)      # I, local steps between two averages
 
+    @property
+    def gradients(self):
+        return self.interval
+
     def init(self, s, workers):
         s.norm_i, s.clipped_i = workers.zeros(()), workers.zeros(())
 

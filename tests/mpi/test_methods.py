@@ -6,9 +6,12 @@ import pytest
 
 import mpiclip
 import reference
+from mpiclip import config as configs
 from mpiclip import methods
 from mpiclip.comm import Comm
 from mpiclip.importers import import_file
+from mpiclip.training import Training
+from mpiclip.workers import Workers
 
 N, D, K = 5, 7, 25
 rng = np.random.default_rng(7)
@@ -16,19 +19,45 @@ CURVATURE, CENTRE = rng.uniform(0.5, 2, (N, D)), rng.normal(0, 3, (N, D))
 GRADS = [lambda x, a=a, c=c: a * (x - c) for a, c in zip(CURVATURE, CENTRE, strict=True)]
 X0 = np.full(D, 0.25)
 
-# method → (constants in the config, the reference's trajectory)
+# method, variant → (constants in the config, the reference's trajectory)
 CASES = {
     "gd": ({"stepsize": 0.3}, lambda: reference.gd(GRADS, X0, K, 0.3)),
     "sgd": ({"stepsize": 0.1, "beta": 0.8}, lambda: reference.sgd(GRADS, X0, K, 0.1, 0.8)),
     "clip_gd": ({"tau": 2.0, "stepsize": 0.3}, lambda: reference.clip_gd(GRADS, X0, K, 2.0, 0.3)),
+    "clip_gd, momentum": ({"tau": 2.0, "stepsize": 0.3, "beta": 0.4},
+                          lambda: reference.clip_gd(GRADS, X0, K, 2.0, 0.3, 0.4)),
     "clip21": ({"tau": 1.0, "stepsize": 0.1}, lambda: reference.clip21(GRADS, X0, K, 1.0, 0.1)),
+    "clip21_sgd2m": ({"tau": 1.0, "stepsize": 0.2, "beta": 0.3, "beta_server": 0.6},
+                     lambda: reference.clip21_sgd2m(GRADS, X0, K, 1.0, 0.2, 0.3, 0.6)),
+    "alpha_normec": ({"alpha": 0.5, "beta": 0.8, "stepsize": 0.1},
+                     lambda: reference.alpha_normec(GRADS, X0, K, 0.5, 0.8, 0.1)),
+    "alpha_normec, normalized": ({"alpha": 0.5, "beta": 0.8, "stepsize": 0.1, "normalized": True},
+                                 lambda: reference.alpha_normec(GRADS, X0, K, 0.5, 0.8, 0.1, True)),
     "clip21_avg": ({"tau": 1.0}, lambda: reference.clip21_avg(CENTRE, K, 1.0)),
     "celgc": ({"eta": 0.1, "gamma": 0.2, "interval": 3}, lambda: reference.celgc(GRADS, X0, K, 0.1, 0.2, 3)),
     "naive_parallel": ({"eta": 0.3, "gamma": 0.4}, lambda: reference.naive_parallel(GRADS, X0, K, 0.3, 0.4)),
 }
 
 
-def config(name, constants, rounds, **run):
+# The same for methods with noise, given what was added
+NOISE, REPRODUCIBLE = {"sigma": 0.7, "delta": 1e-5}, {"privacy": {"noise": "reproducible", "accountant": "rdp"}}
+NOISY = {
+    "clip_gd": (CASES["clip_gd"][0], lambda z: reference.clip_gd(GRADS, X0, K, 2.0, 0.3, noise=z)),
+    "clip_gd, momentum": (CASES["clip_gd, momentum"][0],
+                          lambda z: reference.clip_gd(GRADS, X0, K, 2.0, 0.3, 0.4, noise=z)),
+    "clip21": (CASES["clip21"][0], lambda z: reference.clip21(GRADS, X0, K, 1.0, 0.1, noise=z)),
+    "clip21, noisy state": (CASES["clip21"][0] | {"noisy_state": True},
+                            lambda z: reference.clip21(GRADS, X0, K, 1.0, 0.1, noise=z, noisy_state=True)),
+    "clip21_sgd2m": (CASES["clip21_sgd2m"][0],
+                     lambda z: reference.clip21_sgd2m(GRADS, X0, K, 1.0, 0.2, 0.3, 0.6, noise=z)),
+    "alpha_normec": (CASES["alpha_normec"][0], lambda z: reference.alpha_normec(GRADS, X0, K, 0.5, 0.8, 0.1, noise=z)),
+    "alpha_normec, normalized": (CASES["alpha_normec, normalized"][0],
+                                 lambda z: reference.alpha_normec(GRADS, X0, K, 0.5, 0.8, 0.1, True, noise=z)),
+}
+
+
+def config(case, constants, rounds, **run):
+    name = case.partition(",")[0]
     return {"problem": {"name": "quadratic", "centre": CENTRE.tolist(),
                         "curvature": (np.ones_like(CURVATURE) if name == "clip21_avg" else CURVATURE).tolist(),
                         "start": 0.0 if name == "clip21_avg" else 0.25},
@@ -37,7 +66,9 @@ def config(name, constants, rounds, **run):
 
 
 def test_every_method_is_here():
-    assert set(CASES) == set(methods.names())
+    """Those that compress are in test_compressed.py."""
+    compressing = {name for name in methods.names() if "compressor" in methods.load(name).model_fields}
+    assert {case.partition(",")[0] for case in CASES} == set(methods.names()) - compressing
 
 
 @pytest.mark.parametrize("at", ["sharded", "rank0"])
@@ -48,6 +79,51 @@ def test_equals_the_papers_loop(ranks, name, at):
         run = mpiclip.train(config(name, constants, rounds) | {"aggregate": {"at": at}}, ranks)
         np.testing.assert_allclose(run.x, expected()[rounds], rtol=1e-12, atol=1e-12)
         assert len({x.tobytes() for x in ranks.all(run.x)}) == 1, "the ranks hold different models"
+
+
+@pytest.mark.parametrize("small", [64 * 1024, 0])
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_is_added_where_the_paper_adds_it(ranks, name, small, monkeypatch):
+    """The noise is recorded and handed to the paper's loop."""
+    monkeypatch.setattr("mpiclip.server.SMALL", small)
+    added, noise = [], Workers.noise
+
+    def recorded(workers, u_i, sigma):
+        added.append(noise(workers, workers.zeros(), sigma))
+        u_i += added[-1]
+        return u_i
+    monkeypatch.setattr(Workers, "noise", recorded)
+    constants, expected = NOISY[name]
+    run = mpiclip.train(config(name, constants | NOISE, K, eval_every=K) | REPRODUCIBLE, ranks)
+    z = np.concatenate(ranks.all(np.array(added)), axis=1)              # (rounds, workers, d)
+    assert z.shape == (K, N, D) and 0.6 < z.std() < 0.8
+    assert len(set(z.ravel().tolist())) == z.size, "some numbers were drawn twice"
+    np.testing.assert_allclose(run.x, expected(list(z))[K], rtol=1e-12, atol=1e-12)
+    assert len({x.tobytes() for x in ranks.all(run.x)}) == 1, "the ranks hold different models"
+
+
+@pytest.mark.parametrize("small", [64 * 1024, 0])
+@pytest.mark.parametrize("name, of_worker, of_server", [
+    ("clip21", "v_i", "v"), ("clip21_sgd2m", "g_i", "g"), ("alpha_normec", "g_i", "g"),
+    ("alpha_normec, normalized", "g_i", "g")])
+def test_the_server_has_the_mean_of_all_workers_states(ranks, name, of_worker, of_server, small, monkeypatch):
+    """After any number of rounds, wherever workers and columns are: a rank that misses an update shows."""
+    monkeypatch.setattr("mpiclip.server.SMALL", small)
+    for rounds in (1, 2, K):
+        training = Training(configs.load(config(name, CASES[name][0], rounds, eval_every=K)), ranks, None)
+        training.run()
+        everyone = np.concatenate(ranks.all(getattr(training.s, of_worker)))
+        assert everyone.shape == (N, D) and everyone.any()
+        np.testing.assert_allclose(training.server.join(getattr(training.s, of_server)), everyone.mean(0), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_does_not_depend_on_the_ranks(ranks, name):
+    job = config(name, NOISY[name][0] | NOISE, K, eval_every=K) | REPRODUCIBLE
+    alone, together = mpiclip.train(job, Comm()).x, mpiclip.train(job, ranks).x
+    np.testing.assert_allclose(together, alone, rtol=1e-12, atol=1e-12)
+    quiet = mpiclip.train(config(name, NOISY[name][0], K, eval_every=K), ranks).x
+    assert np.abs(together - quiet).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,10 +158,10 @@ def test_metrics(ranks, name):
         assert metrics["clipped"][1] == np.mean(np.array(norms) > 2.0)
 
 
-@pytest.mark.parametrize("name, bad", [("clip21", 0), ("gd", 3)])
-def test_permuted_workers(ranks, name, bad):
+@pytest.mark.parametrize("name", CASES)
+def test_permuted_workers(ranks, name):
     """The workers' order changes the trajectory by no more than rounding."""
-    order = np.random.default_rng(bad).permutation(N)
+    order = [3, 0, 4, 2, 1]
     plain = config(name, CASES[name][0], K)
     shuffled = config(name, CASES[name][0], K)
     for key in ("curvature", "centre"):
@@ -148,6 +224,7 @@ def rows(ranks, tmp_path_factory):
 @pytest.mark.parametrize("method", [
     {"name": "clip21", "tau": {"quantile": 0.4}, "stepsize": "1/L"},
     {"name": "clip21", "tau": 0.1, "stepsize": "theory"},
+    {"name": "clip21_sgd2m", "tau": {"quantile": 0.4}, "stepsize": "1/L", "beta": 0.5, "beta_server": 0.7},
     {"name": "celgc", "eta": 1.0, "gamma": 0.1, "interval": 3}])
 @pytest.mark.parametrize("batch", ["full", 4])
 @pytest.mark.parametrize("aggregate", [
@@ -190,16 +267,19 @@ def test_clipped_is_the_share_of_steps_that_clipped(ranks, name):
     constants, expected = CASES[name]
     xs, k = expected(), 2
     run = mpiclip.train(config(name, constants, K), ranks)
-    if name in ("gd", "sgd"):
+    if name.startswith(("gd", "sgd", "alpha_normec")):
         assert "clipped" not in run.metrics
         return
     assert np.isnan(run.metrics["clipped"][0]), "no round has made x⁰"
     norms = {"clip_gd": lambda: [np.linalg.norm(g(xs[k])) for g in GRADS],
+             "clip_gd, momentum": lambda: momentum_norms(xs[:k + 1], 0.4),
              "clip21": lambda: clip21_differences(k),
+             "clip21_sgd2m": lambda: sgd2m_differences(xs[:k + 1]),
              "clip21_avg": lambda: [np.linalg.norm(c) - k * 1.0 for c in CENTRE],
              "naive_parallel": lambda: [np.linalg.norm(sum(g(xs[k]) for g in GRADS) / N)] * N,
              "celgc": lambda: local_norms(xs[k])}[name]()
-    bound = {"clip_gd": 2.0, "clip21": 1.0, "clip21_avg": 1.0, "naive_parallel": 0.4 / 0.3, "celgc": 2.0}[name]
+    bound = {"clip_gd": 2.0, "clip_gd, momentum": 2.0, "clip21": 1.0, "clip21_sgd2m": 1.0, "clip21_avg": 1.0,
+             "naive_parallel": 0.4 / 0.3, "celgc": 2.0}[name]
     assert run.metrics["clipped"][k + 1] == pytest.approx(np.mean(np.array(norms) > bound))
 
 
@@ -209,6 +289,24 @@ def clip21_differences(k):
     for x in xs[:-1]:
         v_i = [v + reference.clip(g(x) - v, 1.0) for g, v in zip(GRADS, v_i, strict=True)]
     return [np.linalg.norm(g(xs[k]) - v) for g, v in zip(GRADS, v_i, strict=True)]
+
+
+def momentum_norms(xs, beta):
+    """‖v_i‖ of clipped momentum after the rounds at these x"""
+    return [np.linalg.norm(sum(beta * (1 - beta) ** (len(xs) - 1 - j) * g(x) for j, x in enumerate(xs))) for g in GRADS]
+
+
+def sgd2m_differences(xs):
+    """‖v_i − g_i‖ of Clip21-SGD2M in the last of the rounds at these x"""
+    norms = []
+    for g in GRADS:
+        v, g_i = np.zeros(D), np.zeros(D)
+        for x in xs:
+            v = 0.7 * v + 0.3 * g(x)
+            difference = v - g_i
+            g_i = g_i + 0.6 * reference.clip(difference, 1.0)
+        norms.append(np.linalg.norm(difference))
+    return norms
 
 
 def local_norms(x):
