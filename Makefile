@@ -17,7 +17,8 @@ demo: .venv/installed
 test: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not mpi"
+	$(BIN)/python -m pytest -q -n 2 -m "not mpi and not alone"
+	$(BIN)/python -m pytest -q -m "alone"
 	for n in 1 2 3 4; do \
 	    $(BIN)/mpirun -n $$n $(BIN)/python -m mpi4py -m pytest -q -x --only-mpi --color=no -p no:cacheprovider tests/mpi || exit 1; \
 	done

@@ -239,6 +239,9 @@ def _check_privacy(config: Config, where: str) -> None:
     if examples and config.data is None:
         raise InputError(f"{where}: privacy.level = 'example': '{config.problem.name}' has no rows to protect; "
                          "expected a problem that learns from data")
+    if examples and config.data is not None and config.data.split == "dirichlet_worker":
+        raise InputError(f"{where}: data.split = 'dirichlet_worker': gives a row to several workers, each of which "
+                         "tells of it; expected another split with privacy.level = 'example'")
     if not examples and method.bound() is None:
         able = [name for name in methods.names() if methods.load(name).bound is not methods.Method.bound]
         raise InputError(f"{where}: method.name = '{method.name}': nothing bounds what a worker sends, so no noise can "

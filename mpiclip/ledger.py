@@ -9,6 +9,8 @@ from pathlib import Path
 from . import disk
 from .errors import InputError
 
+RELEASED = "released"
+
 
 class Ledger:
     """The book of a private run, kept by rank 0 in its folder: DIR/noise.key, which only its owner may read, and
@@ -17,6 +19,8 @@ class Ledger:
     A run that was killed repeats the rounds since its newest checkpoint. What it then sends may differ from what it
     sent before in the last digits: with the same noise the difference would show what the noise hides. So repeated
     rounds get noise of their own, and count twice.
+
+    Checkpoints hold the workers' own state, without noise: their folder becomes one that only its owner may enter.
 
     secret    the key of this attempt's noise
     repeated  how many rounds were released more than once"""
@@ -28,8 +32,10 @@ class Ledger:
         if dir is None:
             self.secret = secrets.token_bytes(32)
             return
-        key, released = dir / "noise.key", dir / "released"
+        key, checkpoints = dir / "noise.key", dir / "checkpoints"
         try:
+            checkpoints.mkdir(exist_ok=True)
+            checkpoints.chmod(0o700)
             if start is None:
                 root = secrets.token_bytes(32)
                 disk.write_at(fd := os.open(key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), root, 0)
@@ -37,11 +43,11 @@ class Ledger:
                 os.close(fd)
             else:
                 root = key.read_bytes()
-                done, repeated = map(int, released.read_text().split())
+                done, repeated = _read(dir)
                 self.repeated = repeated + max(0, done - start)
                 if len(root) != 32:
                     raise ValueError(f"{len(root)} bytes")
-            self._fd = os.open(released, os.O_WRONLY | os.O_CREAT, 0o600)
+            self._fd = os.open(dir / RELEASED, os.O_WRONLY | os.O_CREAT, 0o600)
             self.release(start or 0)
         except (OSError, ValueError) as error:
             reason = disk.reason(error) if isinstance(error, OSError) else f"damaged: {error}"
@@ -57,3 +63,24 @@ class Ledger:
             disk.write_at(self._fd, f"{rounds:20d} {self.repeated:20d}\n".encode(), 0)
         except OSError as error:
             raise InputError(f"the number of released rounds cannot be written: {disk.reason(error)}") from None
+
+    def close(self) -> None:
+        """No round will be released any more."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def released(dir: Path) -> int | None:
+    """How many rounds the private run in `dir` has released so far, those that were repeated counted again; None where
+    there is no book of it, or it cannot be read."""
+    try:
+        return sum(_read(dir))
+    except (OSError, ValueError):
+        return None
+
+
+def _read(dir: Path) -> tuple[int, int]:
+    """(rounds, how many of them were repeated). ValueError where the book is damaged."""
+    rounds, repeated = map(int, (dir / RELEASED).read_text().split())
+    return rounds, repeated

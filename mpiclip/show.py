@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import record
+from . import ledger, record
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "eta": "η", "lam": "λ", "sigma": "σ",
          "tau": "τ"}
@@ -32,15 +32,30 @@ def show(dirs: Sequence[str | Path], as_json: bool = False) -> str:
 
 def summary(dir: str | Path) -> dict[str, Any]:
     """The facts about a run, as DESIGN's JSON keys name them: rounds are those done, seconds and bytes_sent (per rank)
-    the whole run's, final the last line of the metrics."""
+    the whole run's, final the last line of the metrics, but for epsilon, which is what has been spent since, too."""
     header, lines = record.read(dir)
     final = {name: float(lines[name][-1]) for name in lines.dtype.names or ()} if len(lines) else {}
+    private = header.get("privacy")
+    if private is not None:
+        private, final = _spent(Path(dir), private, final)
     return _finite({
         "config": record.config(header), "rounds": int(final.get("round", 0)),
         "workers": header.get("workers"), "ranks": header.get("ranks"), "version": header.get("version"),
         "dimension": header.get("dimension"), "constants": header.get("constants", {}),
-        "privacy": header.get("privacy"),
+        "privacy": private,
         "final": final, "seconds": final.get("seconds"), "bytes_sent": final.get("bytes")})
+
+
+def _spent(dir: Path, told: dict[str, Any], final: dict[str, float]) -> tuple[dict[str, Any], dict[str, float]]:
+    """What run.h5 tells of a private run with the number of its releases, and the metrics with their ε: also of rounds
+    that a run which was stopped, or killed, has released after the last line of metrics."""
+    recorded = int(final.get("round", 0)) + told["repeated"]
+    rounds = max(recorded, ledger.released(dir) or 0)
+    releases = rounds * told["releases_per_round"]
+    if rounds > recorded:
+        from .privacy import Mechanism, epsilon
+        final = final | {"epsilon": epsilon(Mechanism(**told["mechanism"]), releases)}
+    return told | {"releases": releases}, final
 
 
 def folders(dirs: Sequence[str | Path]) -> list[Path]:
@@ -168,6 +183,8 @@ def size(count: float | None) -> str:
 
 def _one(run: dict[str, Any], dir: str | Path) -> str:
     from rich.table import Table
+
+    from .privacy import rounded_up
     config, final = run["config"], run["final"]
     settings, asked = config.get("run", {}), config.get("run", {}).get("rounds", run["rounds"])
     method = [_constant(key, value, run["constants"].get(key, value))
@@ -188,7 +205,7 @@ def _one(run: dict[str, Any], dir: str | Path) -> str:
     if final.get("epsilon") is not None:
         delta = config.get("method", {}).get("delta")
         at = f" at δ = {number(delta)}" if delta else ""
-        results.append(("privacy spent", f"ε = {number(final['epsilon'])}{at}"))
+        results.append(("privacy spent", f"ε = {rounded_up(final['epsilon'])}{at}"))
     if run["bytes_sent"] is not None:
         results.append(("sent per rank", size(run["bytes_sent"])))
     parts = [_statement(run)] if run["privacy"] else []
@@ -204,9 +221,8 @@ def _statement(run: dict[str, Any]) -> str:
     """What is guaranteed so far, against whom, and under which assumption."""
     from .privacy import Mechanism, statement
     told, table = run["privacy"], run["config"].get("privacy", {})
-    releases = (run["rounds"] + told["repeated"]) * told["releases_per_round"]
     spent = run["final"].get("epsilon")
-    return "\n" + statement(Mechanism(**told["mechanism"]), releases, math.inf if spent is None else spent,
+    return "\n" + statement(Mechanism(**told["mechanism"]), told["releases"], math.inf if spent is None else spent,
                             table["noise"], table["scaling"])
 
 

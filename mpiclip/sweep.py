@@ -375,8 +375,7 @@ class _Sweep:
         try:
             run = training.run()
         except InputError:
-            if training.record:
-                training.record.close()
+            training.close()
             raise
         finally:
             self.training = None

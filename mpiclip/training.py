@@ -305,6 +305,12 @@ class Training:
                          if table.scaling == "paper" else
                          privacy.sigma_for(method.epsilon, self._releases(run.rounds), mechanism))
                 mechanism = dataclasses.replace(mechanism, sigma=sigma)
+            numbers = np.finfo(run.dtype)
+            if mechanism.sigma and not float(numbers.tiny) <= mechanism.sigma <= float(numbers.max):
+                raise InputError(f"method.sigma = {mechanism.sigma:g}: expected 0, or what run.dtype = "
+                                 f"'{run.dtype}' can hold, {numbers.tiny:g} to {numbers.max:g}")
+            if self.comm.rank == 0:     # what cannot be accounted for is refused now, not at an evaluation
+                privacy.epsilon(mechanism, self._releases(run.rounds))
         mechanism = self.comm.same(mechanism)
         self.method = method.model_copy(update={"sigma": mechanism.sigma})
         if table.clip is not None:
@@ -323,11 +329,12 @@ class Training:
             return rounds
         affordable, most = rounds, budget * (1 + 1e-6)
         if self.comm.rank == 0 and privacy.epsilon(mechanism, self._releases(rounds)) > most:
-            affordable = bisect_right(range(rounds), most,
-                                      key=lambda k: privacy.epsilon(mechanism, self._releases(k))) - 1
+            affordable = bisect_right(range(self.start, rounds), most, key=lambda k: privacy.epsilon(
+                mechanism, self._releases(k))) + self.start - 1
+            affordable = max(self.start, affordable)
             sys.stderr.write(f"mpiclip: round {affordable} will be the last one, instead of round {rounds}: then ε = "
                              f"{budget:g} is spent ({self.repeated} rounds had to be repeated)\n")
-        return max(self.start, self.comm.same(affordable))
+        return self.comm.same(affordable)
 
     # ---- on disk
 
@@ -459,15 +466,18 @@ class Training:
             return None
         return self.test if self.test is not None else self.workers.data
 
+    def close(self) -> None:
+        """Let go of the run's files."""
+        for file in (self.record, self.ledger, self._lock):
+            if file:
+                file.close()
+
     def _finish(self, x, stopped: bool) -> Run:
         if self.progress:
             self.progress.close()
             if stopped:
                 sys.stderr.write(f"stopped after round {self.saved_round}; to go on: mpiclip resume {self.out}\n")
-        if self.record:
-            self.record.close()
-        if self._lock:
-            self._lock.close()
+        self.close()
         names = self._columns()
         metrics = {name: np.array([line.get(name, np.nan) for line in self.lines], np.float64) for name in names}
         return Run(host(x).copy(), self.config, metrics, stopped)

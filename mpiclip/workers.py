@@ -68,14 +68,17 @@ class Workers:
         is the caller's to overwrite until the next call. In the first call of a round all ranks agree whether to go on:
         a gradient that is not finite raises InputError on all of them before any state has changed.
 
+        Where workers are private, and rules tolerate such a gradient, zeros take its place.
+
         Where single rows are private: (1/B_i) Σ_r clip_C(∇ℓ_r(x)) + λ∇r(x) + N(0, σ² I), the sum over a Poisson sample
         of worker i's rows, B_i its expected size (DP-SGD: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1). Whatever a
         method makes of it is as private."""
+        if x is not self._known:
+            self._gradients(x, self._draw(), clip=self.examples.clip if self.examples else None)
+        if self.secret and self.tolerant and not self.examples:
+            self._hide_not_finite(x)
         if self.examples:
-            self._gradients(x, self._draw(), clip=self.examples.clip)
             add_noise(self._g_i, self.examples.sigma, self._keys("gradient", self._step))
-        elif x is not self._known:
-            self._gradients(x, self._draw())
         self._known = None
         self._step += 1
         bad = not self.tolerant and not isfinite(ops.norms(self._g_i).sum())
@@ -147,6 +150,13 @@ class Workers:
         loss_i, _ = self.problem.loss_grad(x, self.data, batch, out=self._g_i, loss=loss, clip=clip)
         self.seconds += perf_counter() - start
         return loss_i
+
+    def _hide_not_finite(self, x) -> None:
+        """Zeros for gradients that are not finite: no noise would hide which worker's it is. Not where x itself, which
+        all see, is not finite: then the rules say that too many are."""
+        bad_i = ~self.device.xp.isfinite(ops.norms(self._g_i))
+        if bad_i.any() and isfinite(ops.norms(x)):
+            self._g_i[bad_i] = 0
 
     def _draw(self):
         """The rows of this call's minibatch: (rows (w·b,), offsets (w+1,), denominators (w,)); None for all rows."""

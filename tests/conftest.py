@@ -8,6 +8,14 @@ import pytest
 from launch import finish, start
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that start MPI programs want the machine for themselves."""
+    for item in items:
+        if "mpiclip" in item.fixturenames or getattr(item.module, "start", None) is start:
+            item.add_marker("alone")
+
+
 @pytest.fixture(scope="session")
 def datasets() -> Path:
     """The folder of the real data sets; without it, tests that want it are skipped."""

@@ -18,6 +18,7 @@ from scipy.stats import beta
 
 from mpiclip import methods, privacy, problems
 from mpiclip.comm import Comm
+from mpiclip.compressors import Message
 from mpiclip.data import Shard
 from mpiclip.device import Device
 from mpiclip.problems.quadratic import Curves
@@ -68,7 +69,9 @@ def messages(method, signs, rounds):
     workers = party(problems.load("quadratic")(dimension=2), curves, None, w)
     s, sent = SimpleNamespace(x=np.zeros(2)), []
     def aggregate(u_i):
-        sent.append(u_i.copy())
+        sent.append(np.zeros((w, 2)) if isinstance(u_i, Message) else u_i.copy())
+        if isinstance(u_i, Message):
+            u_i.add_to(sent[-1])
         return np.array([3.0, -5.0])                        # the attacker's server answers what it likes
     aggregate.norm = np.linalg.norm
     method.init(s, workers)
@@ -81,6 +84,7 @@ def messages(method, signs, rounds):
 METHODS = {"clip_gd": {"tau": 0.3, "stepsize": 0.1}, "clip21": {"tau": 0.3, "stepsize": 0.1},
            "clip21 noisy_state": {"tau": 0.3, "stepsize": 0.1, "noisy_state": True},
            "clip21_sgd2m": {"tau": 0.3, "stepsize": 0.1, "beta": 0.5, "beta_server": 0.7},
+           "press_clip21": {"tau": 0.3, "stepsize": 0.1, "compressor": {"name": "top_k", "k": 2}},
            "alpha_normec": {"alpha": 0.1, "beta": 0.3, "stepsize": 0.1}}
 
 

@@ -15,6 +15,7 @@ from mpiclip import methods, privacy, problems, record
 from mpiclip.config import Privacy
 from mpiclip.errors import InputError
 from mpiclip.ledger import Ledger
+from mpiclip.show import summary
 from mpiclip.workers import Examples
 from test_workers import COUNTS, OFFSETS, X0, A, Y, party
 
@@ -120,9 +121,27 @@ def test_the_key_is_its_owners(tmp_path):
     package.train(config(CLIP21 | {"sigma": 0.1}), out=tmp_path / "run")
     key = tmp_path / "run" / "noise.key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600 and len(key.read_bytes()) == 32
+    assert stat.S_IMODE((tmp_path / "run" / "checkpoints").stat().st_mode) == 0o700     # the workers' state is theirs
     for file in (tmp_path / "run").rglob("*"):
         if file.is_file() and file != key:
             assert key.read_bytes() not in file.read_bytes(), f"{file} holds the key"
+
+
+@pytest.mark.parametrize("sigma, replaced", [({}, 1), ({"sigma": 9.0, "delta": 1e-5}, 0)])
+def test_no_message_shows_that_a_gradient_was_not_finite(sigma, replaced):
+    """Where it does not stop the run: robust rules see the last worker's noise, and no NaN."""
+    tables = config({"name": "clip21", "tau": 1.0, "stepsize": 0.05} | sigma, aggregate={"rules": ["median"], "f": 1})
+    tables["problem"] = tables["problem"] | {"centre": [*CENTRE[:-1].tolist(), [1e200] * D]}
+    with np.errstate(over="ignore"):
+        run = package.train(tables)
+    assert run.metrics["replaced"][1:].tolist() == [replaced] * 4
+
+
+def test_divergence_is_not_hidden():
+    workers, _ = party(tolerant=True)
+    workers.secret = b"k"
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(workers.grad(np.full(A.shape[1], np.nan))).all()
 
 
 # ---- examples
@@ -268,6 +287,33 @@ def test_more_rounds_than_epsilon_pays_for_are_not_run(tmp_path, capsys):
     assert "round 20 will be the last one, instead of round 500: then ε = 3 is spent" in capsys.readouterr().err
 
 
+def test_rounds_that_can_no_longer_be_paid_for_are_not_promised(tmp_path, capsys):
+    package.train(config(CLIP21 | {"epsilon": 3.0}), out=tmp_path / "run")
+    (tmp_path / "run" / "released").write_text(f"{40:20d} {0:20d}\n")       # killed in round 40, after this checkpoint
+    run = package.resume(tmp_path / "run", ["run.rounds=50"])
+    assert run.metrics["round"][-1] == 20 and "round 20 will be the last one" in capsys.readouterr().err
+
+
+def test_what_cannot_be_accounted_for_is_refused_before_it_starts(tmp_path):
+    np.savez(tmp_path / "rows.npz", X=A, y=Y)
+    from mpiclip.importers import import_file
+    import_file([str(tmp_path / "rows.npz")], str(tmp_path / "rows.h5"))
+    with pytest.raises(InputError, match="delta = 2e-11: expected at least 3e-11"):
+        package.train({"data": {"file": str(tmp_path / "rows.h5")}, "problem": {"name": "logistic"},
+                       "method": {"name": "gd", "stepsize": 0.1, "sigma": 0.2, "delta": 2e-11},
+                       "privacy": {"level": "example", "clip": 1.0},
+                       "run": {"workers": 4, "rounds": 2000, "batch": 5}}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_leave_no_file_open(tmp_path):
+    counts = []
+    for k in range(3):
+        package.train(config(CLIP21 | {"sigma": 0.5}, rounds=1), out=tmp_path / str(k))
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[0] == counts[-1]
+
+
 @pytest.mark.parametrize("file, damage", [("noise.key", None), ("noise.key", b"short"), ("released", None),
                                           ("released", b"three rounds")])
 def test_a_run_whose_book_is_lost_does_not_go_on(tmp_path, file, damage):
@@ -290,6 +336,16 @@ def test_show_says_what_is_guaranteed(tmp_path, mpiclip):
     assert "NOT PRIVATE" in mpiclip(0, "show", "open").stdout
     found = json.loads(mpiclip(0, "show", "run", "--json").stdout)
     assert found["final"]["epsilon"] <= 3.0 and found["privacy"]["repeated"] == 0
+
+
+def test_show_counts_rounds_that_were_released_but_not_evaluated(tmp_path, mpiclip):
+    """Those of a run that was stopped, or killed, between two lines of metrics."""
+    package.train(config(CLIP21 | {"sigma": 9.0}), out=tmp_path / "run")
+    (tmp_path / "run" / "released").write_text(f"{23:20d} {4:20d}\n")
+    found, spent = summary(tmp_path / "run"), privacy.epsilon(privacy.Mechanism(9.0, 1.0, 1e-5), 27)
+    assert found["rounds"] == 20 and found["privacy"]["releases"] == 27 and found["final"]["epsilon"] == spent
+    text = " ".join(mpiclip(0, "show", "run").stdout.split())
+    assert "all 27 releases" in text and text.count(f"ε = {privacy.rounded_up(spent)}") == 2
 
 
 def test_train_says_it_before_the_first_round(tmp_path, mpiclip):
@@ -325,6 +381,12 @@ ROWS = {"data": {"file": "rows.h5"}, "problem": {"name": "logistic"}}
     (CLIP21 | {"sigma": 1.0}, {"privacy": {"against": "model"}, "aggregate": {"rules": ["median"], "f": 1}},
      "privacy.against = 'model'"),
     (CLIP21 | {"sigma": 1.0}, {"privacy": {"levle": "worker"}}, "level"),
+    (CLIP21 | {"sigma": 1.0}, {"privacy": {"level": "example", "clip": 1.0},
+                               "data": {"file": "rows.h5", "split": "dirichlet_worker", "alpha": 1.0}},
+     "data.split = 'dirichlet_worker': gives a row to several workers"),
+    (CLIP21 | {"sigma": 1e39}, {"run": {"workers": N, "dtype": "float32"}},
+     "method.sigma = 1e+39: expected 0, or what run.dtype = 'float32' can hold"),
+    (CLIP21 | {"sigma": 1e-39, "tau": 1e-39}, {"run": {"workers": N, "dtype": "float32"}}, "method.sigma = 1e-39"),
 ])
 def test_refused_with_one_line(method, tables, line):
     with pytest.raises(InputError) as error:
