@@ -190,7 +190,7 @@ def _scale_y(axes, name: str, curves: list[Curve]) -> None:
         axes.set_yscale("log")
         floor = NOISE * max(curve.y[0] for curve in curves if len(curve.y))
         if positive.min() < floor:
-            axes.set_ylim(bottom=floor)
+            axes.set_ylim(floor, positive.max() * (positive.max() / floor) ** 0.05)
 
 
 # ---- styles
@@ -234,10 +234,11 @@ def _family(keys: list[dict[str, Any]], dirs: list[Path], rows: str | None) -> t
 
 def _said(keys: list[dict[str, Any]], names: list[str]) -> list[str]:
     """What the runs have for these keys, in words, in the order of the values where they are numbers; "" for methods
-    that never have them."""
+    that never have them. Of a table within a method, its compressor's, only what is there counts."""
     known = {(key.get("method.name"), name) for key in keys for name in names if name in key}
     return [", ".join(setting(name, key.get(name, "none")) for name in names
-                      if (key.get("method.name"), name) in known) for key in keys]
+                      if (key.get("method.name"), name) in known and (name.count(".") == 1 or key.get(name)))
+            for key in keys]
 
 
 def _cycle(texts: list[str], styles: Sequence[str]) -> dict[str, str]:
@@ -262,6 +263,7 @@ def _legend_below(figure, groups: Legend) -> None:
     columns = max(1, int(figure.get_figwidth() / (0.07 * longest + 0.55)))
     lines = [group[i:i + columns] for group in groups for i in range(0, len(group), columns)]
     columns = max(map(len, lines))
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(0, len(lines) - 3))     # the panels keep their size
     blank: tuple[str, Style] = ("", {"linestyle": "", "marker": ""})
     entries = [line[column] if column < len(line) else blank for column in range(columns) for line in lines]
     figure.legend([Line2D([], [], linewidth=1.5, markersize=4, **style) for _, style in entries],

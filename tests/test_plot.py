@@ -218,6 +218,24 @@ def test_two_keys_are_lines_and_markers(tmp_path, drawn):
     assert len(styles) == 12 and len({style for _, style, _ in styles}) == 2
 
 
+def test_a_compressor_is_told_by_what_it_has_and_a_long_legend_leaves_the_panels_their_room(tmp_path, drawn):
+    compressors = [{"name": "natural"}, {"name": "quantize", "bits": 4, "unbiased": False},
+                   *({"name": "top_k", "k": k} for k in (5, 10, 20)),
+                   *({"name": "rand_k", "k": 5, "unbiased": unbiased} for unbiased in (False, True))]
+    run(tmp_path / "clip21")
+    for i, compressor in enumerate(compressors):
+        dir = run(tmp_path / f"{i}", "dcgd")
+        settings = json.loads(read(dir)[0]["config"])
+        settings["method"] = {"name": "dcgd", "stepsize": 0.1 if i % 2 else 0.5, "compressor": compressor}
+        Record.resume(dir, 100, {"config": json.dumps(settings)}).close()
+    plot([tmp_path], "round,bytes", out=tmp_path / "p.png")
+    assert {text for text in legend_of(drawn[0]) if "k" in text or "bits" in text} >= {
+        "quantize, bits = 4", "rand_k, k = 5", "rand_k, unbiased = True, k = 5", "top_k, k = 20"}
+    assert not any("none" in text or "False" in text for text in legend_of(drawn[0]))
+    drawn[0].canvas.draw()
+    assert min(axes.get_window_extent().height for axes in drawn[0].axes) > 1.5 * drawn[0].dpi
+
+
 def test_rows(tmp_path, drawn):
     a_family(tmp_path)
     plot([tmp_path], "round,seconds", "grad_norm", tmp_path / "p.png", rows="method.tau")
@@ -250,10 +268,12 @@ def test_bytes_of_runs_on_one_rank(tmp_path, drawn):
 
 
 def test_rounding_noise_gets_no_room(tmp_path, drawn):
-    a_family(tmp_path / "a", grad_norm=lambda k: max(3.0 * 10 ** (-k / 4), 1e-17) if k < 100 else 0.0)
+    a_family(tmp_path / "a", grad_norm=lambda k: max(300.0 * 10 ** (-k / 4), 1e-17) if k < 100 else 0.0)
     plot([tmp_path / "a"], y="grad_norm", out=tmp_path / "p.png")
     assert drawn[0].axes[0].get_yscale() == "log"
-    assert drawn[0].axes[0].get_ylim()[0] == pytest.approx(3e-12)
+    bottom, top = drawn[0].axes[0].get_ylim()
+    assert bottom == pytest.approx(3e-10)
+    assert 300 < top < 3000                                         # nothing is cut off above
     run(tmp_path / "b", grad_norm=lambda k: 10 ** (-k / 25))
     plot([tmp_path / "b"], y="grad_norm", out=tmp_path / "p.png")
     assert 1e-5 < drawn[1].axes[0].get_ylim()[0] < 1e-4             # there is none
