@@ -1,4 +1,4 @@
-"""A table of a sweep's runs: the best of each setting, that is what tuning some keys comes to, the others being as they are.
+"""A table of a sweep's runs: the best of each setting, what tuning some keys comes to with the others as they are.
 
     python best.py runs/private --over method.stepsize method.tau method.beta --columns method.epsilon
 
@@ -64,7 +64,8 @@ if args.dirs:
 else:
     rows = sorted({row for row, _ in best}, key=lambda row: [by_number(str(value)) for value in row])
     columns = sorted({column for _, column in best}, key=lambda column: by_number(str(column)))
-    print("|", " | ".join(["", *(told([args.columns], column) if args.columns else args.by for column in columns)]), "|")
+    heads = [told([args.columns], column) if args.columns else args.by for column in columns]
+    print("|", " | ".join(["", *heads]), "|")
     print("|---" * (len(columns) + 1) + "|")
     for row in rows:
         print("|", " | ".join([told(fixed, row), *(cell(row, column) for column in columns)]), "|")
