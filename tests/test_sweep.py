@@ -268,7 +268,7 @@ def test_data_that_are_not_there_are_said_before_anything_runs(tmp_path):
 # ---- stopping and going on
 
 
-SECOND = {0: "rounds=4000", 2: "rounds=1000"}            # long enough to be met in the middle, on so many ranks
+SECOND = {0: "rounds=4000", 2: "rounds=3000"}            # long enough to be met in the middle, on so many ranks
 
 
 def three(n) -> list[str]:
