@@ -197,13 +197,14 @@ def privacy(args) -> None:
     import json
 
     from .privacy import epsilon, report, report_text, statement
+    from .show import finite
     names = ("sigma", "target", "delta", "rounds", "tau", "clip", "batch", "rate", "workers", "against")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.config is None:
         if args.settings:
             raise InputError(f"--set {args.settings[0]}: expected a config that it changes")
-        found = report(**given)
-        print(json.dumps(found) if args.json else report_text(found, "epsilon" if args.target is None else "sigma"))
+        found, asked = report(**given), "epsilon" if args.target is None else "sigma"
+        print(json.dumps(finite(found)) if args.json else report_text(found, asked))
         return
     if given:
         name = next(iter(given)).replace("target", "epsilon")
@@ -214,11 +215,11 @@ def privacy(args) -> None:
     run = Training(load(args.config, args.settings), Comm(), None)
     if run.mechanism is None:
         raise InputError(f"{args.config}: there is no noise; expected method.sigma, or method.epsilon and method.delta")
-    table, releases = run.config.privacy, run._releases(run.rounds)
+    table, releases = run.config.privacy, run.releases(run.rounds)
     spent = epsilon(run.mechanism, releases)
     text = statement(run.mechanism, releases, spent, table.noise, table.scaling)
-    print(json.dumps({"mechanism": dataclasses.asdict(run.mechanism), "releases": releases, "epsilon": spent,
-                      "statement": text}) if args.json else text)
+    print(json.dumps(finite({"mechanism": dataclasses.asdict(run.mechanism), "releases": releases, "epsilon": spent,
+                             "statement": text})) if args.json else text)
 
 
 def bench(args) -> None:

@@ -282,6 +282,9 @@ def _read_csr(group, rows, dtype):
         data[target] = group["data"][low:high][source]
     if len(indices) and not 0 <= indices.min() <= indices.max() < features:
         raise OSError(f"{group.name}/indices has a feature outside 0:{features}")
+    place = np.repeat(np.arange(len(rows)) * features, lengths) + indices
+    if np.any(np.diff(place) <= 0) and len(np.unique(place)) < len(place):
+        raise OSError(f"{group.name}/indices names a feature of a row twice")
     return Csr(own, indices, data, (len(rows), features))
 
 

@@ -38,7 +38,7 @@ def summary(dir: str | Path) -> dict[str, Any]:
     private = header.get("privacy")
     if private is not None:
         private, final = _spent(Path(dir), private, final)
-    return _finite({
+    return finite({
         "config": record.config(header), "rounds": int(final.get("round", 0)),
         "workers": header.get("workers"), "ranks": header.get("ranks"), "version": header.get("version"),
         "dimension": header.get("dimension"), "constants": header.get("constants", {}),
@@ -159,12 +159,12 @@ def _constant(key: str, value: Any, resolved: Any) -> str:
     return setting(key, rule if resolved == value else resolved) + ("" if resolved == value else f" ({rule})")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with None for NaN and the infinities, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -279,7 +279,7 @@ class Training:
         if self.config.aggregate.rules:
             line["replaced"] = self.aggregate.replaced
         if self.mechanism:
-            spent = privacy.epsilon(self.mechanism, self._releases(k)) if self.comm.rank == 0 else 0.0
+            spent = privacy.epsilon(self.mechanism, self.releases(k)) if self.comm.rank == 0 else 0.0
             line["epsilon"] = self.comm.same(spent)
         self.comm.seconds, self.comm.sent = exchange    # an evaluation's exchange is evaluation, not the method's
         line["bytes"] = self.comm.highest(self.comm.sent)
@@ -303,21 +303,21 @@ class Training:
             if method.sigma is None and method.epsilon is not None and self.comm.rank == 0:
                 sigma = (privacy.paper_scaling(mechanism.bound, method.epsilon, mechanism.delta, run.rounds)
                          if table.scaling == "paper" else
-                         privacy.sigma_for(method.epsilon, self._releases(run.rounds), mechanism))
+                         privacy.sigma_for(method.epsilon, self.releases(run.rounds), mechanism))
                 mechanism = dataclasses.replace(mechanism, sigma=sigma)
             numbers = np.finfo(run.dtype)
             if mechanism.sigma and not float(numbers.tiny) <= mechanism.sigma <= float(numbers.max):
                 raise InputError(f"method.sigma = {mechanism.sigma:g}: expected 0, or what run.dtype = "
                                  f"'{run.dtype}' can hold, {numbers.tiny:g} to {numbers.max:g}")
             if self.comm.rank == 0:     # what cannot be accounted for is refused now, not at an evaluation
-                privacy.epsilon(mechanism, self._releases(run.rounds))
+                privacy.epsilon(mechanism, self.releases(run.rounds))
         mechanism = self.comm.same(mechanism)
         self.method = method.model_copy(update={"sigma": mechanism.sigma})
         if table.clip is not None:
             self.workers.examples = Examples(table.clip, mechanism.sigma)
         return mechanism
 
-    def _releases(self, rounds: int) -> int:
+    def releases(self, rounds: int) -> int:
         """How often the data have been used after so many rounds."""
         return (rounds + self.repeated) * (self.method.gradients if self.config.privacy.level == "example" else 1)
 
@@ -328,9 +328,9 @@ class Training:
         if mechanism is None or budget is None or self.config.privacy.scaling == "paper":
             return rounds
         affordable, most = rounds, budget * (1 + 1e-6)
-        if self.comm.rank == 0 and privacy.epsilon(mechanism, self._releases(rounds)) > most:
+        if self.comm.rank == 0 and privacy.epsilon(mechanism, self.releases(rounds)) > most:
             affordable = bisect_right(range(self.start, rounds), most, key=lambda k: privacy.epsilon(
-                mechanism, self._releases(k))) + self.start - 1
+                mechanism, self.releases(k))) + self.start - 1
             affordable = max(self.start, affordable)
             sys.stderr.write(f"mpiclip: round {affordable} will be the last one, instead of round {rounds}: then ε = "
                              f"{budget:g} is spent ({self.repeated} rounds had to be repeated)\n")
@@ -366,7 +366,7 @@ class Training:
                   "data": self.fingerprint, "device": self.device.name, "host": platform.node()}
         if self.mechanism:
             header["privacy"] = {"mechanism": dataclasses.asdict(self.mechanism), "repeated": self.repeated,
-                                 "releases_per_round": self._releases(1) - self._releases(0)}
+                                 "releases_per_round": self.releases(1) - self.releases(0)}
         return header
 
     def _checkpoint_due(self, k: int) -> int:
@@ -449,7 +449,7 @@ class Training:
                               f"{key} {value}" for key, value in self.method.model_dump(exclude_none=True).items())
         protected = ""
         if self.mechanism:
-            table, releases = config.privacy, self._releases(self.rounds)
+            table, releases = config.privacy, self.releases(self.rounds)
             spent = privacy.epsilon(self.mechanism, releases)
             protected = privacy.statement(self.mechanism, releases, spent, table.noise, table.scaling) + "\n"
         aggregate = " ∘ ".join(reversed(config.aggregate.rules)) or "mean"

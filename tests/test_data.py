@@ -581,6 +581,11 @@ def test_bad_data_files_are_named(small, tmp_path):
         with fresh("sparse") as f:
             f["train"][name][3] = value
         refused(read, "copy.h5: truncated or damaged", name)
+    with fresh("sparse") as f:
+        row = int(np.flatnonzero(np.diff(f["train/indptr"][:]) > 1)[0])
+        start = int(f["train/indptr"][row])
+        f["train/indices"][start + 1] = f["train/indices"][start]
+    refused(read, "copy.h5: truncated or damaged", "a feature of a row twice")
 
 
 @pytest.mark.parametrize("block", [5, 1 << 21])
