@@ -26,6 +26,20 @@ def datasets() -> Path:
 
 
 @pytest.fixture
+def added_noise(monkeypatch) -> list:
+    """What `workers.noise` adds from here on, call by call, (w, d) each."""
+    from mpiclip.workers import Workers
+    added, noise = [], Workers.noise
+
+    def recorded(workers, u_i, sigma):
+        added.append(noise(workers, workers.zeros(), sigma))
+        u_i += added[-1]
+        return u_i
+    monkeypatch.setattr(Workers, "noise", recorded)
+    return added
+
+
+@pytest.fixture
 def mpiclip(tmp_path):
     """mpiclip(n, "train", …): the command line under `mpirun -n N` (n = 0: alone), in a folder of its own."""
     def run(n, *words, timeout=60, cwd=tmp_path):

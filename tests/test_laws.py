@@ -10,7 +10,6 @@ import mpiclip
 import reference
 from mpiclip import methods
 from mpiclip.importers import import_file
-from mpiclip.workers import Workers
 
 N, D = 6, 9
 rng = np.random.default_rng(3)
@@ -134,19 +133,11 @@ def test_no_noise_is_no_noise(method):
 @kept
 @pytest.mark.parametrize("noise", [False, True], ids=["", "noise"])
 def test_the_server_has_the_mean_of_the_workers_states_and_all_noise(method, of_worker, of_server, share, noise,
-                                                                     monkeypatch):
+                                                                     added_noise):
     """v − (1/n) Σ v_i is the mean noise added up, times β̂ in Clip21-SGD2M: zero without noise."""
-    added, add = [], Workers.noise
-
-    def recorded(workers, u_i, sigma):
-        before = u_i.copy()
-        result = add(workers, u_i, sigma)
-        added.append(result - before)
-        return result
-    monkeypatch.setattr(Workers, "noise", recorded)
     total = np.zeros(D)
     for k, one in enumerate(watched(method | NOISE if noise else method)):
-        total += share * added[k].mean(0)
+        total += share * added_noise[k].mean(0)
         np.testing.assert_allclose(getattr(one, of_server) - getattr(one, of_worker).mean(0), total, atol=1e-12)
     assert total.any() == noise
 

@@ -11,7 +11,6 @@ from mpiclip import methods
 from mpiclip.comm import Comm
 from mpiclip.importers import import_file
 from mpiclip.training import Training
-from mpiclip.workers import Workers
 
 N, D, K = 5, 7, 25
 rng = np.random.default_rng(7)
@@ -83,19 +82,12 @@ def test_equals_the_papers_loop(ranks, name, at):
 
 @pytest.mark.parametrize("small", [64 * 1024, 0])
 @pytest.mark.parametrize("name", NOISY)
-def test_noise_is_added_where_the_paper_adds_it(ranks, name, small, monkeypatch):
+def test_noise_is_added_where_the_paper_adds_it(ranks, name, small, monkeypatch, added_noise):
     """The noise is recorded and handed to the paper's loop."""
     monkeypatch.setattr("mpiclip.server.SMALL", small)
-    added, noise = [], Workers.noise
-
-    def recorded(workers, u_i, sigma):
-        added.append(noise(workers, workers.zeros(), sigma))
-        u_i += added[-1]
-        return u_i
-    monkeypatch.setattr(Workers, "noise", recorded)
     constants, expected = NOISY[name]
     run = mpiclip.train(config(name, constants | NOISE, K, eval_every=K) | REPRODUCIBLE, ranks)
-    z = np.concatenate(ranks.all(np.array(added)), axis=1)              # (rounds, workers, d)
+    z = np.concatenate(ranks.all(np.array(added_noise)), axis=1)              # (rounds, workers, d)
     assert z.shape == (K, N, D) and 0.6 < z.std() < 0.8
     assert len(set(z.ravel().tolist())) == z.size, "some numbers were drawn twice"
     np.testing.assert_allclose(run.x, expected(list(z))[K], rtol=1e-12, atol=1e-12)
