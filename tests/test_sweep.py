@@ -268,12 +268,12 @@ def test_data_that_are_not_there_are_said_before_anything_runs(tmp_path):
 # ---- stopping and going on
 
 
-SECOND = {0: "rounds=4000", 2: "rounds=3000"}            # long enough to be met in the middle, on so many ranks
+SECOND = {0: "rounds=10000", 2: "rounds=20000"}          # long enough to be met in the middle, on so many ranks
 
 
 def three(n) -> list[str]:
     """The options of a sweep of three runs, of which the second is long."""
-    return ["--grid", f"run.rounds=20,{SECOND[n].partition('=')[2]},40", "--set", "run.eval_every=500"]
+    return ["--grid", f"run.rounds=20,{SECOND[n].partition('=')[2]},40", "--set", "run.eval_every=2000"]
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def interrupted(n, *words, what=signal.SIGTERM):
     deadline = time.monotonic() + 30
     while not Path("parts", SECOND[n], "run.h5").exists():
         assert time.monotonic() < deadline and process.poll() is None, finish(process).stderr
-        time.sleep(0.02)
+        time.sleep(0.002)
     if what == signal.SIGKILL:                  # a killed mpirun's ranks live on for a while
         for rank in ranks_of(process):
             os.kill(rank, what)
@@ -452,11 +452,11 @@ def test_groups_of_ranks(mpiclip, job):
 
 def test_groups_share_the_work_as_it_comes(mpiclip, job):
     """One long run, and five short ones that the other group does in the meantime."""
-    done = mpiclip(2, "sweep", "job.toml", "--grid", "run.rounds=10000,20,21,22,23,24", "--set", "run.eval_every=1000",
+    done = mpiclip(2, "sweep", "job.toml", "--grid", "run.rounds=30000,20,21,22,23,24", "--set", "run.eval_every=10000",
                    "--ranks", "1", "--out", "out")
     assert done.returncode == 0, done.stderr
     ends = {folder.name: max(folder.glob("checkpoints/*.h5")).stat().st_mtime_ns for folder in Path("out").glob("r*")}
-    assert len(ends) == 6 and all(ends[f"rounds={k}"] < ends["rounds=10000"] for k in (20, 21, 22, 23))
+    assert len(ends) == 6 and all(ends[f"rounds={k}"] < ends["rounds=30000"] for k in (20, 21, 22, 23))
 
 
 def test_groups_stop_and_go_on(mpiclip, job, patient):
