@@ -110,6 +110,55 @@ def _places_for(u, k) -> tuple[np.ndarray, np.ndarray] | None:
     return np.empty(shape, np.int32), np.empty(shape, u.dtype)
 
 
+# mpiclip.columns: kernels/columns.c
+
+_column_rule = kernel("column_rule", "ianaaa")
+_column_distances = kernel("column_distances", "aaaaa")
+_column_combine = kernel("column_combine", "aaaa")
+_column_gram = kernel("column_gram", "aaaaa")
+_MEDIAN, _TRIMMED_MEAN, _MEAN_AROUND_MEDIAN, _DEVIATION = range(4)
+
+
+def median(X, E=None, W=None):
+    return _each_column(_MEDIAN, X, 0, E, W)
+
+
+def trimmed_mean(X, f, E=None, W=None):
+    return _each_column(_TRIMMED_MEAN, X, f, E, W)
+
+
+def mean_around_median(X, f, E=None, W=None):
+    return _each_column(_MEAN_AROUND_MEDIAN, X, f, E, W)
+
+
+def deviation(X, E=None, W=None):
+    return _each_column(_DEVIATION, X, 0, E, W)
+
+
+def _each_column(rule, X, f, E, W):
+    if not isinstance(f, int | np.integer):
+        return NotImplemented
+    out = np.empty(X.shape[1:], X.dtype)
+    return NotImplemented if _column_rule(rule, X, int(f), E, W, out) else out
+
+
+def distances(X, v, E=None, W=None):
+    out = np.empty(len(W) if W is not None else len(X) + (0 if E is None else len(E)))
+    return NotImplemented if _column_distances(X, v, E, W, out) else out
+
+
+def combine(X, w, E=None):
+    out = np.empty(X.shape[1:], X.dtype)
+    return NotImplemented if _column_combine(X, np.ascontiguousarray(w, np.float64), E, out) else out
+
+
+def gram(X, E=None, scale=None, centre=None):
+    b = len(X) + (0 if E is None else len(E))
+    s, c = (np.ones(b) if w is None else np.ascontiguousarray(w, np.float64) for w in (scale, centre))
+    out = np.empty((b + 1, b + 1))
+    return NotImplemented if _column_gram(X, E, s, c, out) else out
+
+
 # mpiclip.noise: kernels/noise.c
 
 _add_noise = kernel("add_noise", "ara")
@@ -149,6 +198,25 @@ def add_codes(v, rows, bits, tables):
 
 def add_sparse(v, indices, values):
     return NotImplemented if _add_sparse(v, indices, values) else None
+
+
+# mpiclip.problems.cnn: kernels/images.c
+
+_convolve = kernel("convolve", "aaannaa")
+_slopes_of_images = kernel("slopes_of_images", "aaaanna")
+_sums_of_patches = kernel("sums_of_patches", "aaaanna")
+
+
+def convolve(images, W, starts, kernel, pool, out, which, room):
+    return NotImplemented if _convolve(images, W, starts, kernel, pool, out, which) else None
+
+
+def slopes_of_images(slopes, which, W, starts, kernel, pool, out, room):
+    return NotImplemented if _slopes_of_images(slopes, which, W, starts, kernel, pool, out) else None
+
+
+def sums_of_patches(images, slopes, which, starts, kernel, pool, out, room):
+    return NotImplemented if _sums_of_patches(images, slopes, which, starts, kernel, pool, out) else None
 
 
 # the memory's own limits, for `mpiclip bench kernels`: kernels/limits.c

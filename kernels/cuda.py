@@ -224,6 +224,70 @@ def _select(u, v, k, threshold=(_NULL, 0.0), norms=None):
     return indices, values
 
 
+# --- mpiclip.columns: kernels/columns.cu ------------------------------------------------------------------------------
+
+
+MOST_ROWS = 64        # whose numbers fit into a thread's registers; the definition sorts more
+
+
+def median(X, E=None, W=None):
+    return _column_rule("MEDIAN", X, 0, E, W)
+
+
+def trimmed_mean(X, f, E=None, W=None):
+    return _column_rule("TRIMMED_MEAN", X, f, E, W)
+
+
+def mean_around_median(X, f, E=None, W=None):
+    return _column_rule("MEAN_AROUND_MEDIAN", X, f, E, W)
+
+
+def _column_rule(rule, X, f, E, W):
+    if not (_are_rows(X, X) and (E is None or (_are_rows(E, X) and E.shape[1] == X.shape[1]))):
+        return NotImplemented
+    xp, (n, d), b = device.xp(X), X.shape, len(X) + (0 if E is None else len(E))
+    if W is not None and not (isinstance(W, np.ndarray) and W.dtype == np.float64 and W.ndim == 2 and W.shape[1] == b):
+        return NotImplemented
+    k = b if W is None else len(W)
+    if not (1 <= k <= MOST_ROWS and d > 0 and isinstance(f, int | np.integer) and 0 <= 2 * f < k):
+        return NotImplemented
+    out, pitch_e = xp.empty(d, X.dtype), 0 if E is None else E.strides[0] // E.itemsize
+    weights, index, read = _NULL, _NULL, 0
+    if W is not None:
+        used = np.flatnonzero(W.any(0))
+        weights, index = xp.asarray(np.ascontiguousarray(W[:, used].T, X.dtype)), xp.asarray(used.astype(np.int64))
+        read = len(used)
+    _column_kernel(xp, rule, k, int(f), X.dtype)((max(1, min(-(-d // THREADS), 16 * BLOCKS)),), (THREADS,), (
+        X, X.strides[0] // X.itemsize, n, _NULL if E is None else E, pitch_e, weights, index, read, out, d))
+    return out
+
+
+def _are_rows(array, like) -> bool:
+    return (isinstance(array, device.xp(like).ndarray) and array.ndim == 2 and array.dtype == like.dtype
+            and array.dtype in _REAL and array.strides[0] >= 0 and (array.shape[1] < 2
+                                                                    or array.strides[1] == array.itemsize))
+
+
+@functools.cache
+def _column_kernel(xp, rule: str, k: int, f: int, dtype):
+    comparators = " ".join(f"C({a}, {b})" for a, b in _network(k))
+    constants = {"RULE": rule, "ROWS": k, "TRIM": f, "NETWORK": comparators}
+    code = "".join(f"#define {name} {value}\n" for name, value in constants.items()) + '#include "columns.cu"'
+    return xp.RawModule(code=code, options=options(_REAL[dtype])).get_function("column_rule")
+
+
+def _network(k: int):
+    """The comparators that sort k numbers: Batcher's merge exchange (Knuth, volume 3, algorithm 5.2.2 M)."""
+    top = 1 << max(0, (k - 1).bit_length() - 1)
+    p = top
+    while p and k > 1:
+        q, r, by = top, 0, p
+        while by:
+            yield from ((i, i + by) for i in range(k - by) if i & p == r)
+            q, r, by = q // 2, p, q - p
+        p //= 2
+
+
 # --- mpiclip.noise: kernels/noise.cu ----------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from mpiclip.kernels import cuda
 
-from mpiclip import device, noise, ops
+from mpiclip import columns, device, noise, ops
 
 KERNELS = Path(cuda.__file__).parent
 DTYPES = [np.float32, np.float64]
@@ -556,6 +556,40 @@ def test_launchers_decline_what_kernels_do_not_know(xp):
     assert cuda.row_sum(u[0]) is NotImplemented
     assert cuda.row_sum(u, out=u) is NotImplemented
     assert [device.host(array).tobytes() for array in (u, v)] == before
+
+
+@pytest.mark.parametrize(("rule", "arguments", "dtype"), [
+    ("median", (), np.float32), ("trimmed_mean", (2,), np.float32), ("mean_around_median", (1,), np.float64)], ids=str)
+def test_column_rules(xp, rule, arguments, dtype):
+    u, W = random(18, (7, 1307), dtype), np.random.default_rng(19).dirichlet(np.ones(7), 6)
+    W[:, [1, 6]], u[1] = 0, np.nan                                      # a row that is not read
+    kernel, definition = getattr(cuda, rule), getattr(columns, rule).definition
+    X, E = put(xp, u, 1)[:5, 3:1300], put(xp, u[5:, 3:1300].copy())
+    mixed, W_5 = kernel(X, *arguments, E, W), np.ascontiguousarray(W[:5, :5])
+    for result, expected in ((mixed, definition(u[:5, 3:1300], *arguments, u[5:, 3:1300], W)),
+                             (kernel(X, *arguments, None, W_5), definition(u[:5, 3:1300], *arguments, None, W_5)),
+                             (kernel(put(xp, u[2:], 1), *arguments), definition(u[2:], *arguments)),
+                             (kernel(put(xp, u[2:4]), *arguments, put(xp, u[4:])), definition(u[2:], *arguments))):
+        np.testing.assert_allclose(device.host(result), expected, rtol=EPS[dtype], atol=4 * EPS[dtype])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6, 7, 16, 31, 64])
+def test_networks_sort(k):
+    """… all zeros and ones, and so everything; of many numbers, some."""
+    tests = [np.binary_repr(i, k) for i in range(2**k)] if k < 8 else np.random.default_rng(k).integers(0, 9, (99, k))
+    numbers = np.array([[int(digit) for digit in test] for test in tests])
+    for a, b in cuda._network(k):
+        numbers[:, a], numbers[:, b] = np.minimum(*numbers[:, [a, b]].T), np.maximum(*numbers[:, [a, b]].T)
+    assert (np.diff(numbers) >= 0).all()
+
+
+def test_column_rules_decline_what_they_do_not_know():
+    X, W = np.zeros((70, 9), np.float32), np.eye(3, 70)
+    for call in (lambda: cuda.median(X), lambda: cuda.median(X.T[:3, :5]), lambda: cuda.median(X[:3].astype(int)),
+                 lambda: cuda.median(X[:3], X[:2].astype(float)), lambda: cuda.median(X[:3], None, W),
+                 lambda: cuda.median(X, None, W.astype(np.float32)), lambda: cuda.trimmed_mean(X[:5], 3),
+                 lambda: cuda.trimmed_mean(X[:5], 1.0)):
+        assert call() is NotImplemented
 
 
 def test_parts():
