@@ -6,7 +6,8 @@
     train, test   groups (test may be absent), each with
         y         (N,) float64, labels as found
         x         (N, p) float32 or float64: a dense set; or (N, p) uint8: images, whose pixels count as v/255, with
-                  the attribute image = (height, width, …), of the product p; or as CSR, attribute shape = (N, p):
+                  the attribute image = (height, width) or (channels, height, width), of the product p; or as CSR,
+                  attribute shape = (N, p):
         indptr    (N+1,) int64;  indices (nnz,) int32;  data (nnz,) float32 or float64
 
 All arrays are contiguous, so that a slice of rows is a slice of the file. Files are opened without HDF5 locks, which
@@ -52,12 +53,14 @@ class Shard:
     total: int  # rows in all, over all workers
     classes: np.ndarray | None  # (C,) distinct labels of the whole set, sorted, if integers and at most 1000
     features: int  # p
+    image: tuple[int, ...] | None = None  # a row's shape, of the product p, where rows are images
 
 
-def read_train(file, split, workers, ids, seed, dtype, alpha=None, similarity=None) -> Shard:
+def read_train(file, split, workers, ids, seed, dtype, alpha=None, similarity=None, standard=None) -> Shard:
     """The training rows of the workers `ids` out of n = `workers`, split over them as `splits.split` says.
 
     Holds only these rows, and the labels of all. A worker number of n or more (one that only attacks) has no rows.
+    `standard`: what `moments` found, of which the features then get the mean 0 and the standard deviation 1.
     InputError: no usable file, more workers than rows, a number that is not finite in `dtype`, labels unfit for the
     split."""
     with _open(file) as f:
@@ -72,7 +75,7 @@ def read_train(file, split, workers, ids, seed, dtype, alpha=None, similarity=No
         parts = splits.split(split, labels, workers, seed, alpha, similarity)
         own = [parts[i] if i < workers else np.empty(0, np.int64) for i in ids]
         rows = np.concatenate([np.empty(0, np.int64), *own])
-        x = _read_rows(file, f["train"], rows, dtype)
+        x = _read_rows(file, f["train"], rows, dtype, standard)
         return Shard(
             x=x,
             y=labels[rows],
@@ -82,17 +85,19 @@ def read_train(file, split, workers, ids, seed, dtype, alpha=None, similarity=No
             total=sum(map(len, parts)),
             classes=classes,
             features=x.shape[1],
+            image=_image(f["train"]),
         )
 
 
-def read_test(file, part: int, parts: int, dtype) -> Shard | None:
-    """The part-th of `parts` equal slices of the test rows, as one worker's; None if the file has no test rows."""
+def read_test(file, part: int, parts: int, dtype, standard=None) -> Shard | None:
+    """The part-th of `parts` equal slices of the test rows, as one worker's; None if the file has no test rows.
+    `standard` as in `read_train`: the training rows' moments."""
     with _open(file) as f:
         if "test" not in f:
             return None
         labels = _read_labels(file, f["test"])
         rows = np.array_split(np.arange(len(labels)), parts)[part]
-        x = _read_rows(file, f["test"], rows, dtype)
+        x = _read_rows(file, f["test"], rows, dtype, standard)
         return Shard(
             x=x,
             y=labels[rows],
@@ -102,7 +107,38 @@ def read_test(file, part: int, parts: int, dtype) -> Shard | None:
             total=len(labels),
             classes=_classes(f),
             features=x.shape[1],
+            image=_image(f["test"]),
         )
+
+
+def moments(file) -> tuple[np.ndarray, np.ndarray]:
+    """(mean (p,), standard deviation (p,)) of the features, over all training rows: one of each feature, or one of all
+    pixels of a channel of images. A constant feature has the standard deviation 1. InputError for sparse rows."""
+    with _open(file) as f:
+        group = f["train"]
+        if "x" not in group:
+            raise InputError(f"{file}: the features are sparse; data.standardize = true expected dense ones, since "
+                             "sparse ones would no longer be so")
+        rows, p = _shape(group)
+        image = _image(group)
+        channels = p if image is None else image[0] if len(image) == 3 else 1
+        count, mean, squares = 0, np.zeros(channels), np.zeros(channels)
+        low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
+        step = max(1, BLOCK // p)
+        for start in range(0, rows, step):
+            x = np.asarray(_read_rows(file, group, np.arange(start, min(start + step, rows)), np.float64))
+            x = x.reshape(len(x), channels, -1)
+            size, own = len(x) * x.shape[2], x.mean((0, 2))
+            low, high = np.minimum(low, x.min((0, 2))), np.maximum(high, x.max((0, 2)))
+            with np.errstate(over="ignore", invalid="ignore"):
+                squares += np.square(x - own[:, None]).sum((0, 2)) + (own - mean) ** 2 * (count * size / (count + size))
+            mean += (own - mean) * (size / (count + size))
+            count += size
+        deviation = np.where(low < high, np.sqrt(squares / count), 1)
+        if not ((deviation > 0) & (deviation < np.inf)).all():
+            raise InputError(f"{file}: the squares of a feature are too large or too small for float64; "
+                             "data.standardize = true expected features nearer to 1")
+        return np.repeat(np.where(low < high, mean, low), p // channels), np.repeat(deviation, p // channels)
 
 
 def fingerprint(file) -> str:
@@ -230,6 +266,10 @@ def _classes(f):
     return f["classes"][:] if "classes" in f else None
 
 
+def _image(group) -> tuple[int, ...] | None:
+    return tuple(map(int, group.attrs["image"])) if "image" in group.attrs else None
+
+
 def _read_labels(file, group) -> np.ndarray:
     y = group["y"][:]
     if len(y) != _shape(group)[0]:
@@ -241,11 +281,10 @@ def _read_labels(file, group) -> np.ndarray:
     return y
 
 
-def _read_rows(file, group, rows, dtype) -> np.ndarray | Csr:
+def _read_rows(file, group, rows, dtype, standard=None) -> np.ndarray | Csr:
     """x of these rows of the file, in this order and repeats allowed, as new arrays."""
-    read = _read_dense if "x" in group else _read_csr
     with np.errstate(over="ignore"):  # a float64 number beyond float32 becomes inf, which is refused below
-        x = read(group, rows, np.dtype(dtype))
+        x = _read_dense(group, rows, np.dtype(dtype), standard) if "x" in group else _read_csr(group, rows, dtype)
     if found := nonfinite(x):
         row, column, value = found
         raise InputError(
@@ -255,14 +294,20 @@ def _read_rows(file, group, rows, dtype) -> np.ndarray | Csr:
     return x
 
 
-def _read_dense(group, rows, dtype):
+def _read_dense(group, rows, dtype, standard):
     source = group["x"]
     count, features = source.shape
     x = np.empty((len(rows), features), dtype)
     for at in _blocks(rows, np.arange(count + 1) * features):
         wanted = rows[at]
-        x[at] = source[wanted[0] : wanted[-1] + 1][wanted - wanted[0]]
-    if "image" in group.attrs:
+        block = source[wanted[0] : wanted[-1] + 1][wanted - wanted[0]]
+        if standard is not None:  # in float64, before anything is rounded to the dtype
+            mean, deviation = standard
+            block = block / 255 if "image" in group.attrs else block.astype(np.float64)
+            block -= mean
+            block /= deviation
+        x[at] = block
+    if standard is None and "image" in group.attrs:
         x /= 255
     return x
 

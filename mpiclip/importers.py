@@ -5,20 +5,28 @@ csv      numbers separated by commas, with or without a header line; also .gz, .
 npz      NumPy's archive: an array (rows, features) named X, x or data, and its labels y, target or labels
 idx      images and labels of MNIST and its like, in a file each, of bytes; also .gz, .bz2, .xz. A file starts with two
          zeros, 8 for bytes and its number of axes: 1 in a file of labels, 3 (rows, height, width) or so of images
+cifar    the binary files of CIFAR-10 and CIFAR-100, .bin: for each image a byte for its class, from 0 to 9, or two for
+         its coarse class, from 0 to 19, and its class, from 0 to 99, which counts; then 3 × 32 × 32 bytes. Also their
+         archives, .tar.gz: as a source of training rows they are data_batch_*.bin or train.bin, as one of test rows
+         test_batch.bin or test.bin
 """
 
 import bz2
 import csv
+import fnmatch
 import gzip
+import io
 import itertools
 import lzma
 import math
 import os
+import tarfile
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +37,9 @@ from mpiclip.errors import InputError
 OPEN: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 IDX_BYTES = b"\0\0\x08"
+CIFAR_IMAGE = (3, 32, 32)
+CIFAR_CLASSES = (10,), (20, 100)  # how many each label byte of a record tells apart; the last one counts
+CIFAR_TRAIN, CIFAR_TEST = ("data_batch_*.bin", "train.bin"), ("test_batch.bin", "test.bin")  # in an archive
 
 
 @dataclass
@@ -44,15 +55,16 @@ class Part:
 def import_file(sources, dest, format=None, test=(), features=None, label=None) -> None:
     """Write the rows of all `sources`, one after the other, to the data file `dest`, and beside them those of `test`.
 
-    `format` is libsvm, csv, npz or idx; if None, each file tells: by its name if that says .csv or .npz, as idx by its
-    first bytes; else it is libsvm. Files of images and of labels pair up in the order in which they stand. `features`
-    forces the number of features, for libsvm files whose highest index may lie below it; if None, the highest index of
-    all `sources` counts. `label` is the label column of csv files, by name or by number from 1; if None, the last.
-    InputError names the file, and the line or row where there is one."""
+    `format` is libsvm, csv, npz, idx or cifar; if None, each file tells: by its name if that says .csv, .npz, .bin
+    (cifar) or .tar.gz (cifar), as idx by its first bytes; else it is libsvm. Files of images and of labels pair up in
+    the order in which they stand. `features` forces the number of features, for libsvm files whose highest index may
+    lie below it; if None, the highest index of all `sources` counts. `label` is the label column of csv files, by name
+    or by number from 1; if None, the last. InputError names the file, and the line or row where there is one."""
     if features is not None and features < 1:
         raise InputError(f"features: found {features}, expected at least 1")
     data.check_destination(dest)
-    train_parts, test_parts = (_read_all(files, format, label) for files in (sources, test))
+    train_parts = _read_all(sources, format, label, CIFAR_TRAIN)
+    test_parts = _read_all(test, format, label, CIFAR_TEST)
     parts = train_parts + test_parts
     width = features or max(part.x.shape[1] for part in train_parts)
     for part in parts:
@@ -66,16 +78,17 @@ def import_file(sources, dest, format=None, test=(), features=None, label=None) 
     data.write(dest, [*sources, *test], train, _join(test_parts, width, sparse) if test else None, parts[0].image)
 
 
-def _read_all(sources, format, label) -> list[Part]:
-    """The rows of these files, checked. Images come after all other rows."""
+def _read_all(sources, format, label, members) -> list[Part]:
+    """The rows of these files, checked; of an archive those of the files whose names match `members`. Images that have
+    a file of their own come after all other rows."""
     parts: list[Part] = []
     images: list[tuple[str, np.ndarray]] = []
     labels: list[tuple[str, np.ndarray]] = []
     for source in sources:
-        found = _read(source, format, label)
+        found = _read(source, format, label, members)
         if isinstance(found, tuple):
-            x, y = _checked(source, *found)
-            parts.append(Part(source, x, y, None))
+            x, y = _checked(source, *found[:2])
+            parts.append(Part(source, x, y, found[2] if len(found) > 2 else None))
         else:
             (labels if found.ndim == 1 else images).append((source, found))
     for pair in itertools.zip_longest(images, labels):
@@ -93,15 +106,17 @@ def _read_all(sources, format, label) -> list[Part]:
     return parts
 
 
-def _read(source, format, label):
-    """(x, y) of one source: x (rows, features) an array or SciPy CSR matrix, y (rows,) float64. Of an idx file its one
-    array, of bytes."""
+def _read(source, format, label, members):
+    """(x, y) of one source: x (rows, features) an array or SciPy CSR matrix, y (rows,) float64; and the shape of a row
+    that is an image. Of an idx file its one array, of bytes."""
     stem, suffix = os.path.splitext(source)
-    kind = format or os.path.splitext(stem if suffix in OPEN else source)[1][1:]
+    extension = os.path.splitext(stem if suffix in OPEN else source)[1][1:]
+    archive = extension in ("tar", "tgz")
+    kind = format or ("cifar" if archive or extension == "bin" else extension)
     if kind not in READERS and format is not None:
         raise InputError(f"format: found {format!r}, expected one of {', '.join(READERS)}")
     try:
-        with OPEN.get(suffix, open)(source, "rb") as file:
+        with _open_archive(source, members) if archive else OPEN.get(suffix, open)(source, "rb") as file:
             if kind not in READERS:
                 kind = "idx" if file.peek(3)[:3] == IDX_BYTES else "libsvm"
             if label is not None and kind != "csv":
@@ -144,6 +159,20 @@ class _Lines:
 
     def read(self, size=-1):  # scikit-learn takes nothing without this method for a file
         return self.file.read(size)
+
+
+def _open_archive(source, members) -> io.BufferedReader:
+    """The files of an archive whose names match `members`, one after the other."""
+    try:
+        with tarfile.open(source) as archive:
+            files = {m.name: m for m in archive.getmembers() if m.isfile()}
+            names = sorted(name for pattern in members for name in files if fnmatch.fnmatch(Path(name).name, pattern))
+            if not names:
+                raise InputError(f"{source}: no file in it is called {' or '.join(members)}")
+            content = b"".join(archive.extractfile(files[name]).read() for name in names)  # type: ignore[union-attr]
+    except tarfile.TarError:
+        raise InputError(f"{source}: not an archive that tar can read") from None
+    return io.BufferedReader(io.BytesIO(content))  # type: ignore[arg-type]
 
 
 def _libsvm(lines, label):
@@ -211,6 +240,19 @@ def _idx(lines, label):
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
+def _cifar(lines, label):
+    content, fits = np.frombuffer(lines.read(), np.uint8), []
+    for counts in CIFAR_CLASSES:
+        record = len(counts) + math.prod(CIFAR_IMAGE)
+        if content.size and content.size % record == 0:
+            labels, pixels = np.split(content.reshape(-1, record), [len(counts)], axis=1)
+            if (labels < counts).all():
+                fits.append((pixels, labels[:, -1].astype(np.float64), CIFAR_IMAGE))
+    if len(fits) != 1:
+        raise ValueError(f"found {content.size} bytes that are " + ("records of either kind" if fits else "no records"))
+    return fits[0]
+
+
 NPZ_NAMES = ("X", "x", "data"), ("y", "target", "labels")
 
 READERS: dict[str, tuple[Callable, str]] = {
@@ -218,6 +260,8 @@ READERS: dict[str, tuple[Callable, str]] = {
     "csv": (_csv, "lines of numbers, separated by commas, after at most one header line"),
     "npz": (_npz, "numbers X (rows, features) and y (rows,)"),
     "idx": (_idx, "00 00 08, the number of axes, their sizes and a byte for each element"),
+    "cifar": (_cifar, "records of a byte for the class, 0 to 9, and 3072 for the image, or of bytes from 0 to 19 and "
+                      "from 0 to 99, and 3072"),
 }
 
 

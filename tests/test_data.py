@@ -6,6 +6,7 @@ import gzip
 import lzma
 import os
 import shutil
+import tarfile
 import tracemalloc
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
-from mpiclip import data, splits
+from mpiclip import data, importers, splits
 from mpiclip.errors import InputError
 from mpiclip.importers import import_file
 
@@ -179,6 +180,101 @@ def test_known_images(datasets, tmp_path, name, average, deviation):
     counts = np.bincount(shard.y.astype(int)).tolist()
     assert counts == ([5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949] if name == "mnist" else [6000] * 10)
     assert np.bincount(test.y.astype(int))[:3].tolist() == ([980, 1135, 1032] if name == "mnist" else [1000] * 3)
+
+
+def cifar(random, count, fine=False, low=0):
+    """(the bytes of `count` made-up records, their pixels, their classes)"""
+    y, x = random.integers(low, 100 if fine else 10, count, np.uint8), random.integers(0, 256, (count, 3072), np.uint8)
+    coarse = [random.integers(0, 20, count, np.uint8)] if fine else []
+    return np.column_stack([*coarse, y, x]).tobytes(), x, y
+
+
+@pytest.mark.parametrize("fine", [False, True], ids=["CIFAR-10", "CIFAR-100"])
+@pytest.mark.parametrize("archive", [False, True], ids=["files", "archive"])
+def test_cifar(tmp_path, fine, archive):
+    random = np.random.default_rng(5)
+    parts = {name: cifar(random, count, fine) for name, count in (("data_batch_1.bin", 7), ("data_batch_2.bin", 4),
+                                                                  ("test_batch.bin", 3))}
+    for name, (content, *_) in parts.items():
+        (tmp_path / name).write_bytes(content)
+    with tarfile.open(tmp_path / "all.tar.gz", "w:gz") as file:
+        (tmp_path / "readme.html").write_text("nothing of interest")
+        for name in ("test_batch.bin", "data_batch_2.bin", "readme.html", "data_batch_1.bin"):
+            file.add(tmp_path / name, f"cifar-binary/{name}")
+    first, second, test = [[str(tmp_path / "all.tar.gz")]] * 3 if archive else [[str(tmp_path / n)] for n in parts]
+    file = str(tmp_path / "cifar.h5")
+    import_file(first if archive else first + second, file, test=test)
+    shard, tested = data.read_train(file, "contiguous", 1, [0], 0, "float32"), data.read_test(file, 0, 1, "float32")
+    for found, names in ((shard, list(parts)[:2]), (tested, ["test_batch.bin"])):
+        assert np.array_equal(found.y, np.concatenate([parts[name][2] for name in names]))
+        assert np.array_equal(found.x, np.concatenate([parts[name][1] for name in names]).astype("float32") / 255)
+        assert found.image == (3, 32, 32)
+    assert "11 rows, 3072 features, uint8, images of 3 × 32 × 32" in data.info(file)
+
+
+def test_cifar_that_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(6)
+
+    def trial(content, name="bad.bin", **options):
+        Path(name).write_bytes(content)
+        import_file([name], "d.h5", **options)
+
+    expected = "expects records of a byte for the class, 0 to 9, and 3072 for the image, or of bytes"
+    for content in (b"", cifar(random, 2)[0][:-1], b"\x0a" + cifar(random, 1)[0][1:], cifar(random, 1)[0] + b"x",
+                    b"\x14" + cifar(random, 1, True)[0][1:], b"\0\x64" + bytes(3072)):
+        refused(lambda content=content: trial(content), f"bad.bin: found {len(content)} bytes that are no", expected)
+    with monkeypatch.context() as patch:                # records of 5 or 6 bytes
+        patch.setattr(importers, "CIFAR_IMAGE", (1, 2, 2))
+        refused(lambda: trial(bytes(30)), "bad.bin: found 30 bytes that are records of either kind")
+        trial(bytes(5) + b"\x09\x14" + bytes(23))       # a class and a pixel, but no coarse class
+        assert data.read_train("d.h5", "contiguous", 1, [0], 0, "float32").y.tolist() == [0, 9, 0, 0, 0, 0]
+    refused(lambda: trial(cifar(random, 2)[0], label="1"), "label: found '1', but bad.bin is cifar, not csv")
+    refused(lambda: trial(b"no archive", "bad.tar.gz"), "bad.tar.gz: not an archive that tar can read")
+    with tarfile.open("empty.tar", "w"):
+        pass
+    refused(lambda: import_file(["empty.tar"], "e.h5"), "empty.tar: no file in it is called data_batch_*.bin or train")
+    trial(cifar(random, 2)[0], "noname", format="cifar")
+    refused(lambda: import_file(["noname"], "e.h5"), "noname")
+
+
+@pytest.mark.parametrize("block", [40, 1 << 21])
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_standardized(tmp_path, monkeypatch, block, channels):
+    """By the training rows of the file, whoever has them: each feature, or all pixels of a channel."""
+    monkeypatch.setattr(data, "BLOCK", block)
+    random, file = np.random.default_rng(7), str(tmp_path / "set.h5")
+    if channels is None:
+        x = 1e6 + random.standard_normal((25, 12)) * np.geomspace(1e-4, 1e3, 12)
+        x[:, 4] = 0.1                                   # a constant feature, which float64 does not hold exactly
+        columns = x[:20]
+    else:
+        x = random.integers(0, 256, (25, channels, 12 // channels)) // np.arange(1, channels + 1)[:, None]
+        x = x.astype(np.uint8)
+        columns = np.repeat(x[:20].transpose(0, 2, 1).reshape(-1, channels), 12 // channels, 1) / 255
+    image = None if channels is None else (3, 4) if channels == 1 else (3, 2, 2)
+    x = x.reshape(25, 12)
+    y = np.arange(25.0) % 2
+    data.write(file, ["made up"], (x[:20], y[:20]), (x[20:], y[20:]), image)
+    mean, deviation = columns.mean(0), columns.std(0)
+    if channels is None:
+        mean[4], deviation[4] = 0.1, 1
+    expected = (x / (1 if channels is None else 255) - mean) / deviation
+    standard = data.moments(file)
+    np.testing.assert_allclose(standard[0], mean, rtol=1e-12)
+    np.testing.assert_allclose(standard[1], deviation, rtol=1e-6 if channels is None else 1e-12)
+    for dtype in ("float32", "float64"):
+        own = data.read_train(file, "contiguous", 3, [0, 2], 0, dtype, standard=standard)
+        test = data.read_test(file, 1, 2, dtype, standard)
+        for found, rows in ((own, [*range(7), *range(14, 20)]), (test, [23, 24])):
+            np.testing.assert_allclose(found.x, expected[rows], rtol=3e-5, atol=1e-6)
+            assert found.x.dtype == dtype and found.image == image and (channels or not found.x[:, 4].any())
+
+
+def test_sparse_rows_are_not_standardized(tmp_path):
+    (tmp_path / "a").write_text("1 3:1\n2 9:1\n")
+    import_file([str(tmp_path / "a")], str(tmp_path / "a.h5"))
+    refused(lambda: data.moments(str(tmp_path / "a.h5")), "a.h5: the features are sparse", "data.standardize = true")
 
 
 def test_images_that_do_not_fit_are_named(images, monkeypatch):
@@ -523,7 +619,7 @@ def test_bad_import_arguments(tmp_path, monkeypatch):
     Path("b.csv").write_text("1,2\n")
     refused(lambda: import_file(["gone"], "d.h5"), "gone: No such file")
     refused(lambda: import_file(["."], "d.h5"), ".: Is a directory")
-    refused(lambda: import_file(["a"], "d.h5", format="svm"), "'svm'", "libsvm, csv, npz, idx")
+    refused(lambda: import_file(["a"], "d.h5", format="svm"), "'svm'", "libsvm, csv, npz, idx, cifar")
     refused(lambda: import_file(["a"], "d.h5", label="1"), "label", "a is libsvm, not csv")
     refused(lambda: import_file(["a.csv"], "d.h5", label="4"), "a.csv line 1", "label column '4'")
     refused(lambda: import_file(["a"], "d.h5", features=0), "found 0")

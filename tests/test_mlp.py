@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mpiclip import problems
 from mpiclip.errors import InputError
-from mpiclip.problems import mlp
+from mpiclip.problems import _layers
 from test_problems import BATCH, COUNTS, NOBODY, REGULARIZERS, close, dense_and_sparse, features, prepared, rng, shard
 
 P, C = 6, 3                             # features, classes
@@ -57,6 +57,10 @@ def row(problem, sizes, x, a, label):
     return math.log(total) + max(z) - z[int(label)], np.concatenate(parts)
 
 
+def sizes_of(problem, p=P):
+    return p, *problem.hidden, C
+
+
 def weights(sizes):
     """(d,) bool: which coordinates are no biases"""
     return np.concatenate([np.arange((n + 1) * k) < n * k for n, k in pairwise(sizes)])
@@ -100,11 +104,11 @@ def test_loss_and_gradient(monkeypatch, sparse, dtype, per_worker, hidden, activ
     x = points(problem, data, per_worker, dtype)
     before = x.copy()
     for clip in (None, 1e-3, 1.5):
-        losses, gradients = reference(problem, data.sizes, a, y, x, batch=batch, clip=clip or math.inf)
-        for part in (mlp.PART, 3):
+        losses, gradients = reference(problem, sizes_of(problem), a, y, x, batch=batch, clip=clip or math.inf)
+        for part in (_layers.PART, 3):
             out = np.full_like(gradients, np.nan, dtype)
             with monkeypatch.context() as patch:
-                patch.setattr(mlp, "PART", part)
+                patch.setattr(_layers, "PART", part)
                 loss, grad = problem.loss_grad(x, data, batch, out, clip=clip)
                 nothing, again = problem.loss_grad(x, data, batch, loss=False, clip=clip)
             assert grad is out and grad.dtype == dtype and loss.dtype == np.float64
@@ -222,11 +226,11 @@ def test_the_first_point_is_a_function_of_the_seed(dtype):
 
 @dense_and_sparse
 def test_accuracy(monkeypatch, sparse):
-    monkeypatch.setattr(mlp, "PART", 3)
+    monkeypatch.setattr(_layers, "PART", 3)
     problem, data, a, y = example(sparse, hidden=[5, 4], activation="relu")
     x, right = points(problem, data), 0
     for r in range(M):
-        losses = [row(problem, data.sizes, x, a[r], c)[0] for c in range(C)]
+        losses = [row(problem, sizes_of(problem), x, a[r], c)[0] for c in range(C)]
         right += int(np.argmin(losses)) == y[r]
     assert problem.accuracy(x, data) == (right, M) and 0 < right < M
     assert problem.accuracy(x, example(sparse, counts=(0,), hidden=[5, 4])[1]) == (0, 0)
@@ -234,7 +238,7 @@ def test_accuracy(monkeypatch, sparse):
 
 def test_more_rows_than_go_through_the_layers_together():
     """Workers of more than PART rows, and several workers in one piece."""
-    counts = (mlp.PART + 5, 0, 3, 2 * mlp.PART, 1, 400)
+    counts = (_layers.PART + 5, 0, 3, 2 * _layers.PART, 1, 400)
     problem, data, a, y = example(counts=counts, hidden=[6])
     x = points(problem, data)
     for clip in (None, 0.5):

@@ -709,7 +709,33 @@ def test_accuracy(sparse):
     data = prepared(softmax, shard(a, np.array([5.0, 5, 7, 9, 5]), (5,), sparse))
     assert softmax.accuracy(np.array([1.0, 0, 0, 1, -1, 0]), data) == (5, 5)
     assert softmax.accuracy(np.array([0, 0, 0, 0, 0, 0.0]), data) == (3, 5)
-    assert [p.name for p in map(problems.load, problems.names()) if p.classifier] == ["logistic", "mlp", "softmax"]
+    classifiers = [p.name for p in map(problems.load, problems.names()) if p.classifier]
+    assert classifiers == ["cnn", "logistic", "mlp", "softmax"]
+
+
+@pytest.mark.parametrize("name", ["logistic", "softmax", "mlp"])
+@dense_and_sparse
+def test_flipped_labels(name, sparse):
+    """c becomes C − 1 − c, a class that this rank has no rows of included; the features are shared, the rows too."""
+    keys = {"hidden": [3]} if name == "mlp" else {}
+    problem, m, C = problems.load(name)(**keys), sum(COUNTS), 2 if name == "logistic" else 4
+    a, y = features(m, 6), np.minimum(labels("softmax", m), C - 1)
+    data, other = (prepared(problem, shard(a, labels, COUNTS, sparse, np.arange(C))) for labels in (y, C - 1 - y))
+    x = rng(7).standard_normal(len(problem.x0(data, 0, "float64")))
+    for batch in (None, BATCH):
+        before, expected = problem.loss_grad(x, data, batch), problem.loss_grad(x, other, batch)
+        flipped = problem.flipped(data)
+        for found, wanted, plain in zip(problem.loss_grad(x, flipped, batch), expected, before, strict=True):
+            assert found.tobytes() == wanted.tobytes() != plain.tobytes()
+        assert problem.loss_grad(x, data, batch)[1].tobytes() == before[1].tobytes()
+    assert flipped is problem.flipped(data) and flipped.a is data.a
+    assert vars(flipped).get("by_column") is vars(data).get("by_column")        # nor was it sorted twice
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic"])
+def test_no_labels_to_flip(name):
+    with pytest.raises(InputError, match=rf"^aggregate\.attack: .*problem\.name = '{name}' has no classes"):
+        problems.load(name)().flipped(None)
 
 
 @model
@@ -732,7 +758,7 @@ def test_start():
 
 
 def test_names_and_load():
-    assert problems.names() == ["linear", "logistic", "mlp", "quadratic", "softmax"]
+    assert problems.names() == ["cnn", "linear", "logistic", "mlp", "quadratic", "softmax"]
     assert problems.load("logistic") is problems.Logistic and problems.Logistic.name == "logistic"
     with pytest.raises(InputError, match=r"^problem.name: there is no 'logistik'; did you mean 'logistic'\?$"):
         problems.load("logistik")
@@ -764,7 +790,7 @@ def test_labels_that_do_not_fit(name, y, words):
     assert all(word in str(error.value) for word in ["data.file", name, *words]) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["linear", "logistic", "softmax", "mlp"])
+@pytest.mark.parametrize("name", ["linear", "logistic", "softmax", "mlp", "cnn"])
 def test_no_data(name):
     with pytest.raises(InputError, match=f"'{name}' learns from data.*expected data.file"):
         problems.load(name)().prepare(None, np.arange(2), 2, 0, "float64")

@@ -8,6 +8,7 @@ A problem is a frozen record of constants with functions of `data`, which `prepa
     loss_grad(x, data, batch=None, out=None, loss=True, clip=None) → (f_i(x) (w,) float64 or None, ∇f_i(x) (w, d))
     smoothness_product(u_i, data) → H_i u_i (w, d)      where H_i bounds the Hessian of f_i from above, for all x
     accuracy(x, data) → (rows that x (d,) classifies correctly, rows)        of classifiers
+    flipped(data) → data with the labels c → C − 1 − c, or −b                of classifiers
 
 x           (d,), a point for all, or (w, d), one for each worker
 batch       None: all rows; or (rows (k,) int64, offsets (w+1,) int64, denominators (w,) float64): worker i's are
@@ -76,6 +77,14 @@ class Problem(BaseModel):
     def accuracy(self, x, data: Any) -> tuple[int, int]:
         """(rows that x (d,) classifies correctly, rows), if this is a `classifier`"""
         raise NotImplementedError
+
+    def flipped(self, data: Any) -> Any:
+        """The same rows with the labels the other way round: of C classes c becomes C − 1 − c, of two −b. The features
+        are shared. InputError if this is no `classifier`."""
+        if not self.classifier:
+            raise InputError(f"aggregate.attack: there are no labels to flip; problem.name = '{self.name}' has no "
+                             "classes, expected a problem that has", agreed=True)
+        return data.flipped
 
     def regularize(self, x, grad, loss, owners) -> None:
         """∇f_i += λ r'(x_i), and f_i += λ r(x_i) unless `loss` is None, for the workers that are `owners` (w,).

@@ -95,8 +95,17 @@ class Rows:
     @cached_property
     def unlabelled(self) -> Rows:
         """The same rows with the labels 0."""
+        return self._labelled(xp(self.y).zeros_like(self.y))
+
+    @cached_property
+    def flipped(self) -> Rows:
+        """The same rows with the labels of classes c the other way round, C − 1 − c; or −b where there is one score."""
+        return self._labelled(-self.y if self.outputs == 1 else self.outputs - 1 - self.y)
+
+    def _labelled(self, y) -> Rows:
+        """The same rows, and what has been made of them, with these labels."""
         rows = copy.copy(self)
-        object.__setattr__(rows, "y", xp(self.y).zeros_like(self.y))
+        object.__setattr__(rows, "y", y)
         return rows
 
     @cached_property
