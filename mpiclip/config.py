@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import tomllib
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from . import attacks, methods, problems, rules
+from . import attacks, methods, problems, records
 from .errors import InputError, unknown
+from .rules import Chain
 
 
 class Table(BaseModel):
@@ -29,15 +29,17 @@ class Data(Table):
     split: Literal["iid", "contiguous", "label", "dirichlet", "dirichlet_worker", "similarity"] = "iid"
     alpha: float | None = Field(None, gt=0)                     # of the two Dirichlet splits
     similarity: float | None = Field(None, ge=0, le=1)          # of the similarity split: the share that is i.i.d.
+    standardize: bool = False                                   # features of mean 0 and standard deviation 1
 
 
 class Aggregate(Table):
     """[aggregate]: what becomes of the workers' vectors; no rules: their mean."""
 
-    rules: list[str] = []
+    rules: list[str | dict[str, Any]] = []                      # names, or { name = …, … } with constants
     f: int = Field(0, ge=0)                                     # Byzantine workers that the rules tolerate
     at: Literal["sharded", "rank0"] = "sharded"
     attack: dict[str, Any] | None = None                        # { name = …, … }: the last f workers are Byzantine
+    suspect: bool = False                                       # record each worker's distance to the aggregate
 
 
 class Privacy(Table):
@@ -64,6 +66,7 @@ class Run(Table):
     gpu_aware_mpi: bool = False                                 # hand GPU pointers to MPI
     threads: int | None = Field(None, ge=1)                     # default: the rank's share of its cores
     eval_every: int = Field(10, ge=1)                           # rounds
+    eval_rows: Literal["all"] | Annotated[int, Field(ge=1)] = "all"     # of each worker, for loss and grad_norm
     checkpoint_every: int | None = Field(None, ge=1)            # rounds; default: every ten minutes
     keep: int = Field(3, ge=1)                                  # checkpoints
 
@@ -151,34 +154,12 @@ def _checked(tables: dict, where: str) -> Config:
                           ("data", Data), ("aggregate", Aggregate), ("privacy", Privacy), ("run", Run)):
         if table in tables:
             values = {k: v for k, v in tables[table].items() if k != "name" or table not in ("problem", "method")}
-            built[table] = _record(record, values, table, where)
+            built[table] = records.build(record, values, f"{where}: {table}")
     if "data" in built:         # a run can be resumed from another folder
         built["data"] = built["data"].model_copy(update={"file": os.path.abspath(built["data"].file)})
     config = Config(**built)
     _check_together(config, where)
     return config
-
-
-def _record(record: type[BaseModel], values: dict, table: str, where: str):
-    for key in values:
-        if key not in record.model_fields:
-            raise unknown(f"{where}: {table}.{key}", key, record.model_fields)
-    try:
-        checked = record(**values)
-        for key, value in values.items():       # pydantic would take true for 1, and "10" for 10
-            if isinstance(value, bool | str) and type(getattr(checked, key)) is not type(value):
-                raise InputError(f"{where}: {table}.{key} = {value!r}: expected a value of another type")
-        return checked
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join([table, str(first["loc"][0])]) if first["loc"] else table
-        if first["type"] == "missing":
-            raise InputError(f"{where}: {key}: missing") from None
-        # A value that fits none of several types is reported once for each: say all that was expected.
-        same = [e["msg"] for e in error.errors() if e["loc"][:1] == first["loc"][:1]]
-        expected = "; or ".join(dict.fromkeys(m[0].lower() + m[1:] for m in same))
-        found = values.get(str(first["loc"][0])) if first["loc"] else values
-        raise InputError(f"{where}: {key} = {found!r}: {expected}") from None
 
 
 def _check_together(config: Config, where: str) -> None:
@@ -195,19 +176,24 @@ def _check_together(config: Config, where: str) -> None:
     if run.batch != "full" and config.problem.name == "quadratic":
         raise InputError(f"{where}: run.batch = {run.batch}: 'quadratic' has no rows to draw from; expected \"full\"")
     if agg.attack is not None:
-        name = str(agg.attack.get("name"))
-        if name not in attacks.ATTACKS:
-            raise unknown(f"{where}: aggregate.attack", name, attacks.ATTACKS)
-        constants = list(inspect.signature(attacks.ATTACKS[name]).parameters)[2:]       # after rows and byzantine
-        for key in agg.attack.keys() - {"name", *constants}:
-            raise unknown(f"{where}: aggregate.attack.{key}", key, ["name", *constants])
+        name, _ = records.named(attacks.ATTACKS, agg.attack, f"{where}: aggregate.attack", attacks.GIVEN)
         if agg.f == 0:
             raise InputError(f"{where}: aggregate.f = 0: an attack needs at least one Byzantine worker")
+        if attacks.FACTS[name].flips and not config.problem.classifier:
+            raise InputError(f"{where}: aggregate.attack = {name}: '{config.problem.name}' has no classes whose labels "
+                             "could be flipped; expected a problem that classifies")
+        if attacks.FACTS[name].flips and not config.method.sends_gradients:
+            able = [other for other in methods.names() if methods.load(other).sends_gradients]
+            raise InputError(f"{where}: aggregate.attack = {name}: sends a gradient, but workers of "
+                             f"'{config.method.name}' send something else; expected one of {', '.join(able)}")
     if agg.f and not agg.rules and agg.attack is None:
         raise InputError(f"{where}: aggregate.f = {agg.f}, but aggregate.rules is empty: the mean tolerates none")
-    for name in agg.rules:
-        if name not in rules.RULES:
-            raise unknown(f"{where}: aggregate.rules", name, rules.RULES)
+    try:
+        Chain(agg.rules)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if agg.suspect and not agg.rules:
+        raise InputError(f"{where}: aggregate.suspect = true: expected with aggregate.rules; a mean suspects nobody")
     if getattr(config.method, "compressor", None) is not None:
         for key, refused in (("rules", agg.rules), ("attack", agg.attack), ("at", agg.at == "rank0")):
             if refused:

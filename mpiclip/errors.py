@@ -18,5 +18,5 @@ def unknown(where: str, found: str, known: Iterable[str]) -> InputError:
     from difflib import get_close_matches
     known = sorted(known)
     near = get_close_matches(found, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
     return InputError(f"{where}: there is no '{found}'; {hint}")

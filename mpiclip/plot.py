@@ -16,13 +16,16 @@ from .show import about, by_number, flatten, folders, labels, setting, varying
 
 AXES = {"round": "round", "seconds": "time (s)", "bytes": "bytes sent per rank", "loss": "f(x)",
         "grad_norm": "‖∇f(x)‖", "accuracy": "test accuracy", "clipped": "share of workers clipped",
-        "epsilon": "privacy spent, ε"}
-SHARES = {"accuracy", "clipped"}        # between 0 and 1: never logarithmic
+        "epsilon": "privacy spent, ε", "shortened": "rows shortened a round", "left_out": "rows left out a round",
+        "replaced": "rows not finite a round", "suspicion": "distance to the aggregate"}
+LINEAR = {"accuracy", "clipped", "shortened", "left_out", "replaced"}       # shares and counts: never logarithmic
 # Okabe & Ito, "Color universal design" (2008): told apart by all, in print too; with the line styles 28 curves
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*"
 FEW = 7                 # curves that have a colour each and a legend inside
+MOST = 3                # workers that are named where nobody is known to attack
+PANELS = 12             # runs of which all workers are drawn
 NOISE = 1e-12           # of the largest first value: what is below is rounding, and gets no room on a logarithmic axis
 
 Style = dict[str, Any]                  # what Axes.plot takes
@@ -47,6 +50,9 @@ def plot(dirs: Sequence[str | Path], x: str = "round", y: str = "loss", out: str
     config, "method.tau": such rows for each of its values; runs without the key are in all of them. Where there are
     several panels, or many runs, the colour is the method, and the line's style is what else differs.
 
+    y = "suspicion", with one x, is a panel for each run and in it a curve for each worker: how far what it sent was
+    from the aggregate. Byzantine workers are set apart, or else the most suspicious ones.
+
     An axis is logarithmic where that shows more: y where nothing is negative and values are more than a factor of ten
     apart, x where the runs end so far apart. A run without finite numbers for a panel is left out of it, and the panel
     says so. Raises InputError for a folder without a run, a metric that no run has, a file that cannot be written."""
@@ -61,6 +67,11 @@ def plot(dirs: Sequence[str | Path], x: str = "round", y: str = "loss", out: str
     records = [record.read(dir) for dir in dirs]
     configs = [record.config(header) for header, _ in records]
     keys = [flatten(config) for config in configs]
+    if "suspicion" in (*xs, *ys):
+        if ys != ["suspicion"] or len(xs) > 1 or rows or len(dirs) > PANELS:
+            raise InputError("--y suspicion: draws all workers of a run, and every run in a panel of its own; expected "
+                             f"no other metric, one --x, no --rows, and at most {PANELS} runs")
+        return _suspicion(dirs, [lines for _, lines in records], configs, xs[0], path)
     blocks = _blocks(keys, rows)
     panels = [(block, y_name, x_name) for block in blocks for y_name in ys for x_name in xs]
     alone = len(panels) == 1
@@ -91,9 +102,7 @@ def plot(dirs: Sequence[str | Path], x: str = "round", y: str = "loss", out: str
     for axes, (block, y_name, _), there in zip(grid.ravel(), panels, curves, strict=True):
         for curve in there:
             axes.plot(curve.x, curve.y, **_with_markers(curve.style, len(curve.x), few))
-        axes.margins(x=0.02)
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes)
         axes.label_outer()
         if axes in grid[:, 0]:
             axes.set_ylabel(AXES.get(y_name, y_name.replace("_", " ")))
@@ -112,6 +121,65 @@ def plot(dirs: Sequence[str | Path], x: str = "round", y: str = "loss", out: str
         _legend_below(figure, legend)
     _write(figure, path)
     return path
+
+
+def _suspicion(dirs: list[Path], runs: list[np.ndarray], configs: list[dict[str, Any]], x: str, path: Path) -> Path:
+    """The picture of suspicion over x; returns its file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    wide = min(3, len(dirs))
+    high = -(-len(dirs) // wide)
+    figure = Figure(figsize=(6.4, 4.2) if len(dirs) == 1 else (4.2 * wide, 3.2 * high), dpi=160,
+                    layout=ConstrainedLayoutEngine())
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(high, wide, squeeze=False).ravel()
+    for axes in grid[len(dirs):]:
+        axes.remove()
+    titles = labels(configs, dirs) if len(dirs) > 1 else [about(configs[0])]
+    for axes, dir, lines, config, title in zip(grid, dirs, runs, configs, titles, strict=False):
+        names = lines.dtype.names or ()
+        if "suspicion" not in names or np.isnan(lines["suspicion"]).all():
+            raise InputError(f"{dir}: no metric 'suspicion' yet; expected a run with aggregate.suspect = true")
+        if x not in names or lines[x].ndim > 1:
+            raise unknown("--x", x, [name for name in names if lines[name].ndim == 1])
+        lines = lines[np.isfinite(lines[x]) & ~np.isnan(lines["suspicion"]).any(1)]
+        curves, outside = [], False
+        for label, workers, style in _suspects(lines["suspicion"], config.get("aggregate", {})):
+            for i in workers:
+                y = lines["suspicion"][:, i]
+                finite = np.isfinite(y)
+                curves.append(Curve(lines[x][finite], y[finite], style))
+                axes.plot(curves[-1].x, curves[-1].y, **_with_markers(style, len(lines), True),
+                          label=label if i == workers[0] else None)
+                if not finite.all():
+                    axes.plot(lines[x][~finite], np.ones(len(y) - finite.sum()), linestyle="", marker="^", markersize=4,
+                              color=style["color"], clip_on=False, transform=axes.get_xaxis_transform(),
+                              label=None if outside else "not finite")
+                    outside = True
+        _scale_x(axes, x, curves, [flatten(config)], wide)
+        _scale_y(axes, "suspicion", curves)
+        _plain(axes)
+        if axes in grid[::wide]:
+            axes.set_ylabel(AXES["suspicion"])
+        axes.set_title(title, fontsize="medium")
+        axes.legend(edgecolor="none", framealpha=0.8, fontsize="small")
+    _write(figure, path)
+    return path
+
+
+def _suspects(distance: np.ndarray, aggregate: dict[str, Any]) -> list[tuple[str, list[int], Style]]:
+    """(label, workers, style) of each group of workers, the most suspicious ones on top. distance: (lines, n)"""
+    n = distance.shape[1]
+    f = aggregate["f"] if aggregate.get("attack") else 0
+    if f:
+        many = f"workers {n - f} to {n - 1}" if f > 1 else f"worker {n - 1}"
+        return [("honest workers", list(range(n - f)), {"color": COLORS[0], "linewidth": 1, "marker": ""}),
+                (f"Byzantine: {many}", list(range(n - f, n)), {"color": COLORS[1], "marker": "s"})]
+    order = np.argsort(-distance[-1], kind="stable").tolist()
+    named, others = order[:MOST], order[MOST:]
+    return ([("other workers", others, {"color": "0.7", "linewidth": 1, "marker": ""})] if others else []) + [
+        (f"worker {i}", [i], {"color": COLORS[j], "marker": MARKERS[j]}) for j, i in enumerate(named)]
 
 
 def _names(option: str, text: str) -> list[str]:
@@ -156,6 +224,13 @@ def _curves(runs: list[tuple[Path, np.ndarray, Style]], x: str, y: str) -> dict[
     return curves
 
 
+def _plain(axes) -> None:
+    """A panel without a box, with a light grid."""
+    axes.margins(x=0.02)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _scale_x(axes, name: str, curves: list[Curve], keys: list[dict[str, Any]], panels: int) -> None:
     """The x axis of a column: its label, its units, whether it is logarithmic."""
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator
@@ -183,7 +258,7 @@ def _scale_y(axes, name: str, curves: list[Curve]) -> None:
     """The y axis of a metric: whether it is logarithmic, and down to where."""
     values = np.concatenate([curve.y for curve in curves])
     positive = values[values > 0]
-    if name in SHARES or not len(positive) or values.min() < 0:
+    if name in LINEAR or not len(positive) or values.min() < 0:
         return
     apart = 10 if len(positive) == len(values) else 1e3         # zeros have no place on a logarithmic axis
     if positive.max() > apart * positive.min():

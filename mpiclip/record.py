@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,13 +43,16 @@ class Record:
         self._write(lines, max(LINES, 2 * len(lines)))
 
     @classmethod
-    def create(cls, dir: str | Path, header: dict[str, Any], columns: list[str]) -> Record:
+    def create(cls, dir: str | Path, header: dict[str, Any], columns: Sequence[str | tuple[str, int]]) -> Record:
         """Start DIR/run.h5. header: what was run (str, int, float; anything else is kept as JSON); columns: the names
-        of the metrics, "round" among them. Raises InputError if DIR holds a run or cannot be written."""
+        of the metrics, "round" among them, or (name, how many numbers) where a line has several. Raises InputError if
+        DIR holds a run or cannot be written."""
         path = Path(dir, "run.h5")
         if path.exists() or any(path.parent.glob("checkpoints/*.h5")):
             raise InputError(f"{dir}: holds a run already; expected a new folder (or use `mpiclip resume {dir}`)")
-        return cls(path, header, np.empty(0, [(name, np.float64) for name in columns]))
+        fields: Any = [(name, np.float64) if isinstance(name, str) else (name[0], np.float64, (name[1],))
+                       for name in columns]
+        return cls(path, header, np.empty(0, fields))
 
     @classmethod
     def resume(cls, dir: str | Path, round: int, header: dict[str, Any] | None = None) -> Record:
@@ -57,16 +61,16 @@ class Record:
         old, lines = read(dir)
         return cls(Path(dir, "run.h5"), old | (header or {}), lines[lines["round"] <= round])
 
-    def append(self, line: dict[str, float]) -> None:
-        """Add a line: metric → number; a metric that is not given is NaN. Raises InputError on a full disk, with the
-        lines before it safe."""
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line: metric → number, or numbers; a metric that is not given is NaN. Raises InputError on a full disk,
+        with the lines before it safe."""
         unknown = line.keys() - set(self.columns)
         if unknown:
             raise KeyError(f"no column {sorted(unknown)} in {self.path}")
         if self._count == self._capacity:
             self._write(self._lines(), 2 * self._capacity)
         row = np.array([tuple(line.get(name, math.nan) for name in self.columns)], self._dtype)
-        round, within = row["round"].tobytes(), 8 * self.columns.index("round")
+        round, within = row["round"].tobytes(), self._dtype.fields["round"][1]   # type: ignore[index]
         row["round"] = math.nan
         place = self._start + self._count * self._dtype.itemsize
         try:
@@ -93,7 +97,8 @@ class Record:
     def _write(self, lines: np.ndarray, capacity: int) -> None:
         """Write the whole file anew, with room for `capacity` lines on the disk for certain, and put it in the place of
         the old one. Raises InputError where that cannot be; the old one is then as it was."""
-        rows = np.full(capacity, math.nan, np.float64).astype(self._dtype)
+        rows = np.empty(capacity, self._dtype)
+        rows.view(np.float64)[:] = math.nan
         rows[:len(lines)] = lines
         image, start = _image(self._header, rows)
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -148,7 +153,8 @@ def _image(header: dict[str, Any], rows: np.ndarray) -> tuple[bytes, int]:
 
 def read(dir: str | Path) -> tuple[dict[str, Any], np.ndarray]:
     """The record in DIR, also of a run that is going on: (header, lines), lines a structured array (number of lines,)
-    with a float64 field for each metric. Raises InputError if DIR holds no run or the file is damaged."""
+    with a float64 field for each metric, or several numbers in it. Raises InputError if DIR holds no run or the file is
+    damaged."""
     path = Path(dir, "run.h5")
     if not path.exists():
         raise InputError(f"{dir}: no run.h5 there; expected a folder that `mpiclip train --out` wrote")

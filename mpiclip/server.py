@@ -85,7 +85,7 @@ class Server:
         """All n workers' vectors, this rank's columns of them, until `release`. u_i: (w, d), this rank's workers."""
         start = perf_counter()
         X = u_i if self.comm.size == 1 else self._posted(u_i) if self._board is not None else self._transpose(u_i)
-        result = Rows(X, self.comm.total)
+        result = Rows(X, np.asarray if self.at == "replicated" else self.comm.total)
         self.comm.seconds += perf_counter() - start
         return result
 
@@ -196,7 +196,7 @@ class Server:
             [rows, ((self.hosted * own).tolist(), (above * own * size).tolist()), [number] * comm.size])
         for block in blocks:
             block.Free()
-        comm.sent += w * (self.d - own) * size
+        comm.sent += w * (int(self.counts.sum()) - own) * size
         return self._from_mpi(rows)
 
     # ---- buffers: allocated once, since a fresh page costs more than what is written on it

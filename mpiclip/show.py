@@ -17,6 +17,7 @@ from . import ledger, record
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "eta": "η", "lam": "λ", "sigma": "σ",
          "tau": "τ"}
 PARTS = ("grad", "clip", "comm", "rules", "eval")
+SUSPECTS = 3            # workers that are named, of those that are farthest from the aggregate
 
 
 def show(dirs: Sequence[str | Path], as_json: bool = False) -> str:
@@ -34,7 +35,7 @@ def summary(dir: str | Path) -> dict[str, Any]:
     """The facts about a run, as DESIGN's JSON keys name them: rounds are those done, seconds and bytes_sent (per rank)
     the whole run's, final the last line of the metrics, but for epsilon, which is what has been spent since, too."""
     header, lines = record.read(dir)
-    final = {name: float(lines[name][-1]) for name in lines.dtype.names or ()} if len(lines) else {}
+    final = {name: lines[name][-1].tolist() for name in lines.dtype.names or ()} if len(lines) else {}
     private = header.get("privacy")
     if private is not None:
         private, final = _spent(Path(dir), private, final)
@@ -144,9 +145,17 @@ def setting(key: str, value: Any) -> str:
     if name == "name":
         return f"{table} {value}" if table == "attack" else str(value)
     if name == "rules":
-        return " → ".join(value) or "mean"
+        return " → ".join(_rule(entry) for entry in value) or "mean"
     said = f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else value
     return f"{GREEK.get(name, name.replace('_', ' '))} = {said}"
+
+
+def _rule(entry: Any) -> str:
+    """A rule of a chain: arc; of one with constants: clipping (threshold 2)"""
+    if not isinstance(entry, dict):
+        return entry
+    constants = ", ".join(f"{key} {value:g}" for key, value in entry.items() if key != "name")
+    return entry["name"] + (f" ({constants})" if constants else "")
 
 
 def _constant(key: str, value: Any, resolved: Any) -> str:
@@ -200,8 +209,10 @@ def _one(run: dict[str, Any], dir: str | Path) -> str:
         ("rounds", f"{run['rounds']}" if run["rounds"] == asked else f"{run['rounds']} of {asked}")]
     if "seed" in settings:
         facts.append(("seed", f"{settings['seed']}"))
-    results = [(name, number(value)) for name, value in final.items()
-               if value is not None and not name.startswith("seconds") and name not in ("round", "bytes", "epsilon")]
+    results = [(name, number(value)) for name, value in final.items() if value is not None
+               and not name.startswith("seconds") and name not in ("round", "bytes", "epsilon", "suspicion")]
+    if run["rounds"] and "suspicion" in final:
+        results.append(("suspicion", _suspicion(final["suspicion"])))
     if final.get("epsilon") is not None:
         delta = config.get("method", {}).get("delta")
         at = f" at δ = {number(delta)}" if delta else ""
@@ -215,6 +226,14 @@ def _one(run: dict[str, Any], dir: str | Path) -> str:
     for fact in [*facts, ("", ""), *results]:
         table.add_row(*fact)
     return _text(table, *parts, *([_seconds(run)] if run["seconds"] else []))
+
+
+def _suspicion(distance: list[float | None]) -> str:
+    """How far the workers are from the aggregate: the one in the middle, and those that are farthest."""
+    far = [math.inf if value is None else value for value in distance]
+    order = sorted(range(len(far)), key=lambda i: -far[i])
+    named = ", ".join(f"{i}: {'not finite' if far[i] == math.inf else number(far[i])}" for i in order[:SUSPECTS])
+    return f"median {number(far[order[len(far) // 2]])}; workers {named}"
 
 
 def _statement(run: dict[str, Any]) -> str:

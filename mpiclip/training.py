@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import inf
 from pathlib import Path
 from time import perf_counter
@@ -24,13 +23,13 @@ import numpy as np
 
 from . import checkpoint, constants, data, privacy, record
 from . import config as configs
-from .aggregation import Aggregation
-from .attacks import ATTACKS
+from .aggregation import COUNTS, Aggregation, Tally
 from .comm import Comm, world
 from .config import Config
 from .device import host, select, set_threads
 from .errors import InputError
 from .ledger import Ledger
+from .rules import Chain
 from .server import Server
 from .version import __version__
 from .workers import CHECKPOINT, GO, NOT_FINITE, STOP, Examples, Workers
@@ -47,7 +46,7 @@ class Run:
 
     x        the model, (d,), the same on every rank
     config   what ran
-    metrics  name → float64 array with one entry for each evaluated round (on every rank)
+    metrics  name → float64 array with one entry for each evaluated round (on every rank); suspicion has n
     stopped  whether a signal ended it before all rounds were done"""
 
     x: np.ndarray
@@ -55,9 +54,9 @@ class Run:
     metrics: dict[str, np.ndarray]
     stopped: bool
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Any]:
         """The last value of each metric."""
-        return {name: float(values[-1]) for name, values in self.metrics.items()}
+        return {name: values[-1].tolist() for name, values in self.metrics.items()}
 
 
 def train(config: str | os.PathLike | dict, comm: Any = None, out: str | os.PathLike | None = None,
@@ -106,13 +105,6 @@ def ranks_of(comm: Any) -> Comm:
     return comm if isinstance(comm, Comm) else Comm(comm) if comm is not None else world()
 
 
-def attack_of(table: dict[str, Any] | None) -> Callable | None:
-    """The attack that { name = …, … } describes: (rows, byzantine) → rows."""
-    if table is None:
-        return None
-    return partial(ATTACKS[table["name"]], **{key: value for key, value in table.items() if key != "name"})
-
-
 @contextmanager
 def stop_signals(ask: Callable[[], None]) -> Iterator[None]:
     """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask for an end, after this round and a checkpoint. Launchers and schedulers
@@ -156,6 +148,7 @@ class Training:
         with comm.agree():
             if n < comm.size:
                 raise InputError(f"run.workers = {n}: fewer than the {comm.size} ranks; start at most {n}")
+            Chain(agg.rules, agg.f, n)          # refused before the honest workers are given data
             self.device = select(run.device, comm.local_rank)
             set_threads(run.threads or comm.threads)
             ids = np.array_split(np.arange(n), comm.size)[comm.rank]
@@ -174,10 +167,11 @@ class Training:
                              message=0 if compressor is None else compressor.bytes(len(x), run.dtype))
         self.workers = Workers(problem, self.device.put_all(inputs), None if shard is None else shard.offsets, ids,
                                len(x), run.dtype, self.device, comm, self.server.mine, run.seed,
-                               None if run.batch == "full" else run.batch, honest, tolerant=bool(agg.rules))
+                               None if run.batch == "full" else run.batch, honest, tolerant=bool(agg.rules),
+                               eval_rows=None if run.eval_rows == "all" else run.eval_rows)
         with comm.agree():
-            self.aggregate = Aggregation(self.server, agg.rules, agg.f, attack_of(agg.attack), byzantine,
-                                         self.workers.confirm)
+            self.aggregate = Aggregation(self.server, agg.rules, agg.f, agg.attack, byzantine, self.workers.confirm,
+                                         run.seed, self.workers.flipped, agg.suspect)
         comm.sent, comm.seconds = 0, 0.0                        # of this run alone
         self.start, self.stop_asked, self.repeated = 0, False, 0
         self._lock: TextIO | None = None
@@ -185,14 +179,14 @@ class Training:
         self.saved, self.saved_round = self.began, -1           # the newest checkpoint: when, and after which round
         self.s = SimpleNamespace(x=self.device.put(x[self.server.own].copy()))
         config.method.init(self.s, self.workers)
-        self.lines: list[dict[str, float]] = []
+        self.aggregate.init(self.s)
+        self.lines: list[dict[str, Any]] = []
         if before is None:
             self.method = constants.resolve(config.method, self._whole_x().copy(), self.workers, self.server)
         else:
             self._load()
             names = before.dtype.names or ()
-            self.lines = [dict(zip(names, map(float, line), strict=True)) for line in before
-                          if line["round"] < self.start]
+            self.lines = [{name: line[name] for name in names} for line in before if line["round"] < self.start]
         self.mechanism = self._calibrate() if self.method.private else None
         self.record, self.ledger = self._open_files(before is not None)
         self.rounds = self._affordable(run.rounds, self.method.epsilon)
@@ -212,6 +206,7 @@ class Training:
                 if k % config.run.eval_every == 0:
                     self._evaluate(k, x)
                 workers.begin(k)
+                self.aggregate.begin(k)
                 workers.wish = STOP if self.stop_asked else self._checkpoint_due(k)
                 if self.ledger:
                     self.ledger.release(k + 1)
@@ -229,8 +224,8 @@ class Training:
                 if self.progress and self.lines and k < self.rounds:
                     self.progress.update(k, self.lines[-1])
             if not stopped:
+                self._save(k)               # before the tally goes into a line that a longer run would not have
                 self._evaluate(k, x)
-                self._save(k)
                 if self.progress:
                     self.progress.update(k, self.lines[-1])
         return self._finish(x, stopped)
@@ -259,15 +254,18 @@ class Training:
     # ---- metrics
 
     def _columns(self) -> list[str]:
+        """The metrics' names."""
         return ["round", "seconds", "loss", "grad_norm",
                 *(["accuracy"] if self._accuracy_of is not None else []),
                 *(["clipped"] if hasattr(self.s, "clipped_i") else []),
-                *(["replaced"] if self.config.aggregate.rules else []),
+                *(COUNTS if self.config.aggregate.rules else []),
+                *(["suspicion"] if self.config.aggregate.suspect else []),
                 *(["epsilon"] if self.mechanism else []),
                 "bytes", *(f"seconds_{part}" for part in PARTS)]
 
     def _evaluate(self, k: int, x) -> None:
-        """Metrics of x^k; what belongs to a round (clipped, replaced) is of the round that made x^k."""
+        """Metrics of x^k. The share of workers that clipped is that of the round that made x^k; what happened to rows
+        is a mean over the rounds since the line before."""
         start, gradients, exchange = perf_counter(), self.workers.seconds, (self.comm.seconds, self.comm.sent)
         line = {"round": k, **self.workers.evaluate(x, self.server)}
         if self._accuracy_of is not None:
@@ -277,7 +275,8 @@ class Training:
             clipped_i = host(self.s.clipped_i)[self.workers.ids < self.workers.honest]
             line["clipped"] = float(self.comm.total(clipped_i.sum())) / self.workers.honest
         if self.config.aggregate.rules:
-            line["replaced"] = self.aggregate.replaced
+            line |= self.aggregate.tally.means(self.server.n if self.config.aggregate.suspect else 0)
+            self.aggregate.tally = Tally()
         if self.mechanism:
             spent = privacy.epsilon(self.mechanism, self.releases(k)) if self.comm.rank == 0 else 0.0
             line["epsilon"] = self.comm.same(spent)
@@ -351,8 +350,9 @@ class Training:
                     book = Ledger(self.out, self.start)
                     self.repeated = book.repeated
                 if self.out:
+                    columns = [(name, self.server.n) if name == "suspicion" else name for name in self._columns()]
                     opened = (record.Record.resume(self.out, self.start - 1, self._header()) if resumed else
-                              record.Record.create(self.out, self._header(), self._columns()))
+                              record.Record.create(self.out, self._header(), columns))
                 if not resumed and keeps_book:
                     book = Ledger(self.out)
         self.workers.secret, self.repeated = self.comm.same((book.secret if book else secret, self.repeated))
@@ -382,7 +382,8 @@ class Training:
             self.record.sync()
         header = {"config": self.config.as_dict(), "constants": self.method.model_dump(exclude_none=True),
                   "data": self.fingerprint, "version": __version__, "bytes": self.comm.highest(self.comm.sent),
-                  "seconds": {"all": perf_counter() - self.began, **self.seconds}}
+                  "seconds": {"all": perf_counter() - self.began, **self.seconds},
+                  "tally": dataclasses.asdict(self.aggregate.tally)}
         checkpoint.save(self.out, self.comm, k, {name: self._piece(name) for name in vars(self.s)}, header,
                         self.config.run.keep)
         self.saved, self.saved_round = perf_counter(), k
@@ -427,6 +428,7 @@ class Training:
         self.start = self.saved_round = saved.round
         self.method = type(self.config.method)(**saved.header["constants"])
         self.comm.sent = saved.header["bytes"]
+        self.aggregate.tally = Tally(**saved.header["tally"])
         self.began -= saved.header["seconds"].pop("all")
         self.seconds |= saved.header["seconds"]
 
@@ -435,9 +437,11 @@ class Training:
         table, dtype = self.config.data, self.config.run.dtype
         if table is None:
             return None, None, ""
+        standard = data.moments(table.file) if table.standardize else None
         shard = data.read_train(table.file, table.split, honest, ids, self.config.run.seed, dtype, table.alpha,
-                                table.similarity)
-        return shard, data.read_test(table.file, self.comm.rank, self.comm.size, dtype), data.fingerprint(table.file)
+                                table.similarity, standard)
+        test = data.read_test(table.file, self.comm.rank, self.comm.size, dtype, standard)
+        return shard, test, data.fingerprint(table.file)
 
     # ---- beginning and end
 
@@ -452,7 +456,7 @@ class Training:
             table, releases = config.privacy, self.releases(self.rounds)
             spent = privacy.epsilon(self.mechanism, releases)
             protected = privacy.statement(self.mechanism, releases, spent, table.noise, table.scaling) + "\n"
-        aggregate = " ∘ ".join(reversed(config.aggregate.rules)) or "mean"
+        aggregate = " ∘ ".join(reversed([link.name for link in self.aggregate.chain.links])) or "mean"
         return (f"{config.method.name} ({constants}) on {config.problem.name}, d = {self.server.d}\n"
                 f"{self.server.n} workers on {comm.size} rank{'s' * (comm.size > 1)}, {self.device.name}, "
                 f"{config.run.threads or comm.threads} thread{'s' * (comm.threads > 1)} each; {aggregate} of what the "

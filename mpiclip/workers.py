@@ -29,14 +29,26 @@ class Examples:
     sigma: float        # σ
 
 
+def spaced(offsets: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """At most so many rows of each worker, evenly spaced over its own, as a problem's `batch`: (rows, offsets,
+    denominators)."""
+    rows = [begin + np.arange(min(most, have)) * have // min(most, have) if have else np.empty(0, np.int64)
+            for begin, have in zip(offsets[:-1], np.diff(offsets), strict=True)]
+    sizes = np.array([len(own) for own in rows], np.int64)
+    return np.concatenate([np.empty(0, np.int64), *rows]), np.concatenate([[0], np.cumsum(sizes)]), np.maximum(
+        sizes, 1).astype(np.float64)
+
+
 class Workers:
     """This rank's w workers, of n. Names ending in `_i` are arrays with one row for each of them.
 
     problem, data   f_i: problem.loss_grad(x, data, batch)
+    n               the number of workers on all ranks
     rows            (w, d), where the gradients are written: this rank's part of the server's board
     offsets         worker i's rows are offsets[i]:offsets[i+1] of this rank's rows (w+1,); None: f_i needs no rows
     batch           rows that a worker draws for a gradient, independently and uniformly from its own; None: all of them
     honest          how many of the n workers are honest (the first ones): only they have an f_i
+    eval_rows       rows of each worker that an evaluation looks at, evenly spaced over its own; None: all of them
     tolerant        robust rules deal with gradients that are not finite; otherwise they stop the run
     secret          the key of the noise and of whatever else must not be guessed; empty: there is no noise
     examples        what makes single rows private; None: the messages are, or nothing is
@@ -46,10 +58,12 @@ class Workers:
     seconds         time spent in gradients so far"""
 
     def __init__(self, problem: Any, data: Any, offsets: np.ndarray | None, ids: np.ndarray, d: int, dtype: str,
-                 device: Device, comm: Comm, rows: Any, seed: int, batch: int | None, honest: int, tolerant: bool):
+                 device: Device, comm: Comm, rows: Any, seed: int, batch: int | None, honest: int, tolerant: bool,
+                 eval_rows: int | None = None):
         self.problem, self.data, self.offsets, self.ids = problem, data, offsets, ids
         self.d, self.dtype, self.device, self.comm = d, np.dtype(dtype), device, comm
         self.seed, self.batch, self.honest, self.tolerant = seed, batch, honest, tolerant
+        self.n = sum(comm.all(len(ids)))
         self.secret = b""
         self.examples: Examples | None = None
         self.round, self.wish, self.agreed = 0, GO, GO
@@ -59,7 +73,10 @@ class Workers:
         self._noises = 0            # calls of noise in this round
         self._messages = 0          # calls of compress in this round
         self._failed = False        # a gradient of a later local step was not finite
+        self._looked_at = None if eval_rows is None or offsets is None else spaced(offsets, eval_rows)
         self._known = None          # the x at which _g_i already holds the full gradients
+        self._last: Any = None      # (x, batch) of the last call of grad
+        self._flipped_i: Any = None     # (w, d), what `flipped` writes on
 
     # ---- for methods
 
@@ -73,8 +90,10 @@ class Workers:
         Where single rows are private: (1/B_i) Σ_r clip_C(∇ℓ_r(x)) + λ∇r(x) + N(0, σ² I), the sum over a Poisson sample
         of worker i's rows, B_i its expected size (DP-SGD: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1). Whatever a
         method makes of it is as private."""
+        batch = self._draw()
+        self._last = x, batch
         if x is not self._known:
-            self._gradients(x, self._draw(), clip=self.examples.clip if self.examples else None)
+            self._gradients(x, batch, clip=self.examples.clip if self.examples else None)
         if self.secret and self.tolerant and not self.examples:
             self._hide_not_finite(x)
         if self.examples:
@@ -123,6 +142,15 @@ class Workers:
         """A copy of x (d,) for each worker, (w, d)."""
         return self.device.xp.tile(x, (len(self.ids), 1))
 
+    # ---- for the attack that is simulated
+
+    def flipped(self):
+        """What the last call of grad would have been with the labels c → C − 1 − c, (w, d)."""
+        x, batch = self._last
+        _, self._flipped_i = self.problem.loss_grad(x, self.problem.flipped(self.data), batch, self._flipped_i,
+                                                    loss=False)
+        return self._flipped_i
+
     # ---- for the loop
 
     def begin(self, round: int) -> None:
@@ -130,11 +158,12 @@ class Workers:
         self.round, self._step, self._noises, self._messages, self._failed = round, 0, 0, 0, False
 
     def evaluate(self, x, server) -> dict[str, float]:
-        """loss f(x) and grad_norm ‖∇f(x)‖ over all rows of all honest workers. The gradients are kept: a full-batch
-        round at the same x finds them ready."""
-        loss_i = self._gradients(x, None, loss=True)
+        """loss f(x) and grad_norm ‖∇f(x)‖ over all rows of all honest workers, or `eval_rows` of each. The gradients of
+        all rows are kept: a full-batch round at the same x finds them ready."""
+        loss_i = self._gradients(x, self._looked_at, loss=True)
         mean = server.mean(self._g_i)
-        self._known = x if self.batch is None and self.examples is None else None
+        kept = self.batch is None and self.examples is None and self._looked_at is None
+        self._known = x if kept else None
         norm = server.norm(mean) * server.n / self.honest
         return {"loss": float(self.comm.total(host(loss_i).sum()) / self.honest), "grad_norm": norm}
 

@@ -1,7 +1,10 @@
 """The papers' algorithms, written plainly over i = 1 … n in one process, in float64. Imports nothing of mpiclip.
 
 `grads` is the list of the workers' gradient functions ∇f_1 … ∇f_n; every function returns the trajectory x⁰ … x^K.
-`noise`, where there is any, is what worker i adds to its message in round k: noise[k][i]."""
+`noise`, where there is any, is what worker i adds to its message in round k: noise[k][i]. `F` is what the server makes
+of the workers' messages (n, d): their mean, unless rules and an attack are handed in."""
+
+from itertools import combinations
 
 import numpy as np
 
@@ -12,18 +15,22 @@ def clip(u, tau):
     return u if norm <= tau else u * (tau / norm)
 
 
-def gd(grads, x, K, stepsize):
+def average(X):
+    return sum(X) / len(X)
+
+
+def gd(grads, x, K, stepsize, F=average):
     xs = [x]
     for _ in range(K):
-        x = x - stepsize * sum(g(x) for g in grads) / len(grads)
+        x = x - stepsize * F(np.array([g(x) for g in grads]))
         xs.append(x)
     return np.array(xs)
 
 
-def sgd(grads, x, K, stepsize, beta):
+def sgd(grads, x, K, stepsize, beta, F=average):
     xs, m = [x], np.zeros_like(x)
     for _ in range(K):
-        m = beta * m + sum(g(x) for g in grads) / len(grads)
+        m = beta * m + F(np.array([g(x) for g in grads]))
         x = x - stepsize * m
         xs.append(x)
     return np.array(xs)
@@ -33,7 +40,7 @@ def silence(K, n):
     return [[0.0] * n for _ in range(K)]
 
 
-def clip_gd(grads, x, K, tau, stepsize, beta=1.0, noise=None):
+def clip_gd(grads, x, K, tau, stepsize, beta=1.0, noise=None, F=average):
     n, noise = len(grads), noise or silence(K, len(grads))
     xs, v = [x], [np.zeros_like(x) for _ in grads]
     for k in range(K):
@@ -41,12 +48,12 @@ def clip_gd(grads, x, K, tau, stepsize, beta=1.0, noise=None):
         for i in range(n):
             v[i] = (1 - beta) * v[i] + beta * grads[i](x)
             s.append(clip(v[i], tau) + noise[k][i])
-        x = x - stepsize * sum(s) / n
+        x = x - stepsize * F(np.array(s))
         xs.append(x)
     return np.array(xs)
 
 
-def clip21(grads, x, K, tau, stepsize, noise=None, noisy_state=False):
+def clip21(grads, x, K, tau, stepsize, noise=None, noisy_state=False, F=average):
     n, noise = len(grads), noise or silence(K, len(grads))
     xs, v, v_i = [x], np.zeros_like(x), [np.zeros_like(x) for _ in grads]
     for k in range(K):
@@ -55,13 +62,13 @@ def clip21(grads, x, K, tau, stepsize, noise=None, noisy_state=False):
             c_i = clip(grads[i](x) - v_i[i], tau)
             s.append(c_i + noise[k][i])
             v_i[i] = v_i[i] + (s[i] if noisy_state else c_i)
-        v = v + sum(s) / n
+        v = v + F(np.array(s))
         x = x - stepsize * v
         xs.append(x)
     return np.array(xs)
 
 
-def clip21_sgd2m(grads, x, T, tau, stepsize, beta, beta_server, noise=None):
+def clip21_sgd2m(grads, x, T, tau, stepsize, beta, beta_server, noise=None, F=average):
     """The paper's round begins with the server's step, which is null in the first one: x⁰ = x¹. noise[0][i] is added in
     that round, in which ∇f_i(x¹) is computed. Returns x¹ … x^{T+1}."""
     n, noise = len(grads), noise or silence(T + 1, len(grads))
@@ -79,11 +86,55 @@ def clip21_sgd2m(grads, x, T, tau, stepsize, beta, beta_server, noise=None):
             q_i = clip(v_i[i] - g_i[i], tau)
             c.append(q_i + noise[t][i])
             g_i[i] = g_i[i] + beta_server * q_i
-        g = g + beta_server / n * sum(c)
+        g = g + beta_server * F(np.array(c))
     return np.array(xs[1:])
 
 
-def alpha_normec(grads, x, K, alpha, beta, stepsize, normalized=False, noise=None):
+def byz_clip21_sgd2m(grads, x, T, tau, stepsize, beta, beta_server, noise=None, attack=lambda X: X, rules=average):
+    """As clip21_sgd2m, with a vector m_i on the server for each worker."""
+    n, noise = len(grads), noise or silence(T + 1, len(grads))
+    g = np.zeros_like(x)
+    v_i, g_i, m_i = ([np.zeros_like(x) for _ in grads] for _ in range(3))
+    xs = [x]
+    for t in range(T + 1):
+        x = x - stepsize * g
+        xs.append(x)
+        if t == T:
+            break
+        c = []
+        for i in range(n):
+            v_i[i] = (1 - beta) * v_i[i] + beta * grads[i](x)
+            q_i = clip(v_i[i] - g_i[i], tau)
+            c.append(q_i + noise[t][i])
+            g_i[i] = g_i[i] + beta_server * q_i
+        c = attack(np.array(c))
+        for i in range(n):
+            m_i[i] = m_i[i] + beta_server * c[i]
+        g = rules(np.array(m_i))
+    return np.array(xs[1:])
+
+
+def robust_dshb(grads, x, K, stepsize, beta, F=average):
+    xs, m_i = [x], [np.zeros_like(x) for _ in grads]
+    for _ in range(K):
+        m_i = [beta * m + (1 - beta) * g(x) for m, g in zip(m_i, grads, strict=True)]
+        x = x - stepsize * F(np.array(m_i))
+        xs.append(x)
+    return np.array(xs)
+
+
+def safe_dshb(grads, x, K, tau, stepsize, beta, noise=None, F=average):
+    n, noise = len(grads), noise or silence(K, len(grads))
+    xs, m_i = [x], [np.zeros_like(x) for _ in grads]
+    for k in range(K):
+        for i in range(n):
+            m_i[i] = (1 - beta) * m_i[i] + beta * (clip(grads[i](x), tau) + noise[k][i])
+        x = x - stepsize * F(np.array(m_i))
+        xs.append(x)
+    return np.array(xs)
+
+
+def alpha_normec(grads, x, K, alpha, beta, stepsize, normalized=False, noise=None, F=average):
     n, noise = len(grads), noise or silence(K, len(grads))
     xs, g, g_i = [x], np.zeros_like(x), [np.zeros_like(x) for _ in grads]
     for k in range(K):
@@ -93,7 +144,7 @@ def alpha_normec(grads, x, K, alpha, beta, stepsize, normalized=False, noise=Non
             c_i = beta * e_i / (alpha + np.linalg.norm(e_i))
             g_i[i] = g_i[i] + c_i
             s.append(c_i + noise[k][i])
-        g = g + sum(s) / n
+        g = g + F(np.array(s))
         x = x - stepsize * (g / np.linalg.norm(g) if normalized else g)
         xs.append(x)
     return np.array(xs)
@@ -161,27 +212,27 @@ def press_clip21(grads, x, K, tau, stepsize, C, noise=None):
     return np.array(xs)
 
 
-def celgc(grads, x, K, eta, gamma, interval):
-    """Trajectory of the averaged model, one entry a round of `interval` local steps."""
+def celgc(grads, x, K, eta, gamma, interval, F=average):
+    """Trajectory of the averaged model, one entry a round of `interval` local steps. The workers send x_i − x."""
     xs = [x]
     for _ in range(K):
-        models = []
+        moved = []
         for g in grads:
             x_i = x
             for _ in range(interval):
                 g_i = g(x_i)
                 norm = np.linalg.norm(g_i)
                 x_i = x_i - (eta if norm == 0 else min(eta, gamma / norm)) * g_i
-            models.append(x_i)
-        x = sum(models) / len(models)
+            moved.append(x_i - x)
+        x = x + F(np.array(moved))
         xs.append(x)
     return np.array(xs)
 
 
-def naive_parallel(grads, x, K, eta, gamma):
+def naive_parallel(grads, x, K, eta, gamma, F=average):
     xs = [x]
     for _ in range(K):
-        g = sum(g(x) for g in grads) / len(grads)
+        g = F(np.array([g(x) for g in grads]))
         norm = np.linalg.norm(g)
         x = x - (eta if norm == 0 else min(eta, gamma / norm)) * g
         xs.append(x)
@@ -241,7 +292,7 @@ def nnm(X, f):
     n = len(X)
     out = []
     for i in range(n):
-        near = sorted(range(n), key=lambda j: float(np.sum((X[i] - X[j]) ** 2)))[:n - f]
+        near = sorted(range(n), key=lambda j: about(squared(X[i], X[j])))[:n - f]
         out.append(sum(X[j] for j in near) / (n - f))
     return np.array(out)
 
@@ -262,8 +313,152 @@ def mean(X, f):
     return sum(X) / len(X)
 
 
-def sign_flip(X, f):
-    """The last f of n rows become minus the mean of the others."""
+def mean_around_median(X, f):
+    n, middle = len(X), median(X, f)
+    return np.array([sum(sorted(X[:, j], key=lambda x: (abs(x - middle[j]), x))[:n - f]) / (n - f)
+                     for j in range(X.shape[1])])
+
+
+def clipping(X, f, threshold=2.0):
+    return np.array([clip(row, threshold) for row in X])
+
+
+def bucketing(X, f, s, order):
+    """order: the permutation in which rows are dealt out"""
+    return np.array([sum(X[i] for i in order[k:k + s]) / len(order[k:k + s]) for k in range(0, len(X), s)])
+
+
+def squared(x, y):
+    return float(np.sum((x - y) ** 2))
+
+
+def about(x):
+    """Without the digits that depend on the order of a sum."""
+    return float(f"{x:.9e}")
+
+
+def krum_scores(X, f):
+    n = len(X)
+    return [about(sum(sorted(squared(X[i], X[j]) for j in range(n) if j != i)[:n - f - 1])) for i in range(n)]
+
+
+def krum(X, f):
+    scores = krum_scores(X, f)
+    return X[scores.index(min(scores))]
+
+
+def multi_krum(X, f):
+    scores = krum_scores(X, f)
+    return mean(X[sorted(range(len(X)), key=lambda i: scores[i])[:len(X) - f]], f)
+
+
+def monna(X, f, pivot=0):
+    return mean(X[sorted(range(len(X)), key=lambda i: about(squared(X[i], X[pivot])))[:len(X) - f]], f)
+
+
+def subset(X, f, size):
+    """The mean of the n − f rows of the smallest size: the first such set in lexicographic order."""
+    sets = [X[list(S)] for S in combinations(range(len(X)), len(X) - f)]
+    sizes = [size(S) for S in sets]
+    return mean(next(S for S, this in zip(sets, sizes, strict=True) if this <= min(sizes) * (1 + 1e-9)), f)
+
+
+def mda(X, f):
+    return subset(X, f, lambda S: max(squared(x, y) for x in S for y in S))
+
+
+def smea(X, f):
+    return subset(X, f, lambda S: np.linalg.svd(S - mean(S, f), compute_uv=False)[0] ** 2)
+
+
+def caf(X, f):
+    """The direction is that of the largest variance, exactly; the farthest is one of those with a weight."""
+    c, best, least = np.ones(len(X)), None, np.inf
+    while best is None or sum(c) > len(X) - 2 * f:
+        used = [i for i in range(len(X)) if c[i] > 0]
+        mu = sum(c[i] * X[i] for i in used) / sum(c)
+        _, sizes, directions = np.linalg.svd(np.array([np.sqrt(c[i]) * (X[i] - mu) for i in used]), full_matrices=False)
+        variance = sizes[0] ** 2 / sum(c)
+        if variance < least:
+            best, least = mu, variance
+        far = {i: float(directions[0] @ (X[i] - mu)) ** 2 for i in used}
+        if max(far.values()) == 0:
+            break
+        for i in used:
+            c[i] *= 1 - far[i] / max(far.values())
+    return best
+
+
+def centered_clipping(X, f, threshold=100.0, iterations=1, v=0.0):
+    v = v + np.zeros(X.shape[1])
+    for _ in range(iterations):
+        v = v + sum(clip(row - v, threshold) for row in X) / len(X)
+    return v
+
+
+def geometric_median(X, f, iterations=0, nu=None):
+    """Without a number of iterations: Weiszfeld's until they end; unless a row is it, by the condition that a convex
+    function has no descent there."""
+    if iterations == 0 and nu is None:
+        for x in X:
+            others = [y for y in X if (y != x).any()]
+            if np.linalg.norm(sum((y - x) / np.linalg.norm(y - x) for y in others)) <= len(X) - len(others):
+                return x
+    middle = np.median(X, axis=0)
+    Y, z = X - middle, -middle              # from there, as the rows may be near to each other and far from 0
+    if not iterations:
+        z = np.full(len(middle), 1e-3 * np.median(np.linalg.norm(Y, axis=1)))       # on none of them
+    for _ in range(iterations or 2000):
+        distance = np.sqrt(((Y - z) ** 2).sum(1))
+        weights = 1 / np.maximum(distance, nu or 1e-100)
+        before, z = z, weights @ Y / weights.sum()
+        if not iterations and np.linalg.norm(z - before) <= 1e-15 * np.median(distance):
+            break
+    return middle + z
+
+
+# ---- attacks: what the last f of n rows become. F(X, f) are the rules in use
+
+
+def sent_by_all(X, f, vector):
     X = X.copy()
-    X[len(X) - f:] = -sum(X[:len(X) - f]) / (len(X) - f)
+    X[len(X) - f:] = vector
     return X
+
+
+def sign_flip(X, f):
+    return ipm(X, f, 1.0)
+
+
+def ipm(X, f, factor=2.0):
+    h = len(X) - f
+    return sent_by_all(X, f, -factor * sum(X[:h]) / h)
+
+
+def alie(X, f, factor=1.5):
+    h = len(X) - f
+    mean = sum(X[:h]) / h
+    return sent_by_all(X, f, mean + factor * np.sqrt(sum((x - mean) ** 2 for x in X[:h]) / (h - 1)))
+
+
+def optimised(attack, X, f, F, evaluations=20):
+    """The attack with the factor for which F is farthest from the honest mean: expansion by doubled steps, then
+    contraction by 0.8; less than a millionth farther is not farther."""
+    def distance(factor):
+        return np.linalg.norm(F(attack(X, f, factor), f) - sum(X[:len(X) - f]) / (len(X) - f))
+    best, farthest, step, left = 0.0, distance(0.0), 10.0, evaluations - 1
+    while left:
+        left -= 1
+        if distance(best + step) <= farthest * (1 + 1e-6):
+            step *= 0.8
+            break
+        best += step
+        farthest = distance(best)
+        step *= 2
+    while left:
+        left -= 1
+        if distance(best + step) > farthest * (1 + 1e-6):
+            best += step
+            farthest = distance(best)
+        step *= 0.8
+    return attack(X, f, best)

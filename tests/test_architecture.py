@@ -11,13 +11,14 @@ ROOT = Path(__file__).parents[1]
 # those of its own floor that are named beside it.
 FLOORS = [
     {"__main__": set()},
-    {"bench": set(), "doctor": set(), "plot": {"show"}, "show": set(), "importers": set(), "sweep": set()},
+    {"bench": {"peers"}, "peers": set(), "doctor": set(), "plot": {"show"}, "show": set(), "importers": set(),
+     "sweep": set()},
     {"training": set()},
     {"constants": {"workers"}, "aggregation": set(), "workers": set(), "checkpoint": set(), "record": set(),
      "ledger": set(), "config": set()},
     {"methods": set(), "problems": set(), "server": set(), "rules": set(), "attacks": set(), "data": set()},
-    {"ops": set(), "rows": set(), "splits": set(), "disk": set(), "comm": set(), "compressors": {"ops"},
-     "noise": {"ops"}, "privacy": set()},
+    {"ops": set(), "columns": set(), "rows": {"ops", "columns"}, "splits": set(), "disk": set(), "comm": set(),
+     "compressors": {"ops"}, "noise": {"ops"}, "privacy": set(), "records": set()},
     {"kernels": set()},
     {"device": set()},
     {"errors": set(), "streams": set(), "version": set()},

@@ -401,7 +401,7 @@ def test_importing_under_mpirun_is_done_once(mpiclip, folder):
     ("run = 5", ["run = 5", "table"]), ("data = 'x.h5'", ["data", "table"]), ("method = 'gd'", ["method", "table"]),
     ("[[run]]\nrounds = 3", ["run", "table"]), ("[method]\nname = 3", ["method.name = 3"]),
     ("[run]\nrounds = true", ["run.rounds = True"]), ("[run]\nrounds = '10'", ["run.rounds", "10"]),
-    ("[aggregate]\nf = 1\nattack = { name = 'sign_flip', tau = 3 }", ["aggregate.attack.tau"])])
+    ("[aggregate]\nf = 1\nattack = { name = 'sign_flip', tau = 3 }", ["aggregate.attack.sign_flip.tau"])])
 def test_refuses_values_of_the_wrong_type(mpiclip, folder, text, words):
     tables = {"problem": "[problem]\nname = 'quadratic'\ndimension = 3", "method":
               "[method]\nname = 'gd'\nstepsize = 0.1"}

@@ -59,6 +59,20 @@ def test_clip21_sgd2m_toy():
         np.testing.assert_allclose([s.g[0], s.x[0]], [0, 0] if t < 4 else [-0.0234375, 0.00234375], atol=1e-16)
 
 
+def test_byz_clip21_sgd2m_toy():
+    """The same: m_i is g_i; and with the median of two, which is their mean."""
+    for t, m_i in enumerate([(0.5, -0.5), (1, -1), (1.5, -1.5), (2, -2), (2.453125, -2.5)]):
+        s = state("byz_clip21_sgd2m", t + 1, tau=1, stepsize=0.1, beta=0.5, beta_server=0.5)
+        np.testing.assert_allclose(s.m[:, 0], m_i, rtol=0, atol=1e-15)
+        np.testing.assert_allclose(s.x, 0 if t < 4 else 0.00234375, atol=1e-16)
+
+
+def test_robust_dshb_toy():
+    """β = ¾, γ = 0.1: m = (3, −6)/4 and x = 0.0375; then m = ¾ m + ¼ (3.0375, −5.925) and x −= 0.05 Σ m_i"""
+    s = state("robust_dshb", 2, stepsize=0.1, beta=0.75)
+    np.testing.assert_allclose([*s.m_i[:, 0], s.x[0]], [1.321875, -2.60625, 0.10171875], rtol=1e-14)
+
+
 def test_alpha_normec_toy():
     """α = 1, β = 2, γ = 0.1: ∇f_i(0) = (3, −6), so c = (6/4, −12/7), g = −3/28 and x = 3/280; then the second round."""
     s = state("alpha_normec", 1, alpha=1, beta=2, stepsize=0.1)
@@ -70,7 +84,8 @@ def test_alpha_normec_toy():
 
 
 @pytest.mark.parametrize("name, constants", [
-    ("clip21_sgd2m", {"tau": 1, "beta": 0.5, "beta_server": 0.5}), ("clip21_sgd2m", {"tau": 0.3, "beta": 1,
+    ("clip21_sgd2m", {"tau": 1, "beta": 0.5, "beta_server": 0.5}),
+    ("byz_clip21_sgd2m", {"tau": 1, "beta": 0.5, "beta_server": 0.5}), ("clip21_sgd2m", {"tau": 0.3, "beta": 1,
                                                                                     "beta_server": 0.2}),
     ("alpha_normec", {"alpha": 1, "beta": 1}), ("alpha_normec", {"alpha": 0.1, "beta": 0.1})])
 def test_others_of_the_family_reach_the_minimum_too(name, constants):
@@ -135,6 +150,10 @@ def trajectory_end(method, rounds=20, **constants):
     (("clip21_sgd2m", {"tau": np.inf, "stepsize": 0.2, "beta": 1, "beta_server": 1}), ("gd", {"stepsize": 0.2})),
     (("clip21_sgd2m", {"tau": np.inf, "stepsize": 0.2, "beta": 0.3, "beta_server": 1}),
      ("clip_gd", {"tau": np.inf, "stepsize": 0.2, "beta": 0.3})),
+    (("byz_clip21_sgd2m", {"tau": 1.0, "stepsize": 0.2, "beta": 1, "beta_server": 1}),
+     ("clip21", {"tau": 1.0, "stepsize": 0.2})),
+    (("robust_dshb", {"stepsize": 0.2, "beta": 0.8}), ("sgd", {"stepsize": 0.04, "beta": 0.8})),
+    (("safe_dshb", {"tau": 1e6, "stepsize": 0.2, "beta": 0.2}), ("robust_dshb", {"stepsize": 0.2, "beta": 0.8})),
 ])
 def test_equivalent_methods(a, b):
     np.testing.assert_allclose(trajectory_end(a[0], **a[1]), trajectory_end(b[0], **b[1]), rtol=1e-12)

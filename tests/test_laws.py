@@ -47,9 +47,9 @@ def watched(method, rounds=30, config=None, **changes):
     def round(self, x, s, workers, aggregate):
         sent, at = [], x.copy()
 
-        def send(u_i):
+        def send(u_i, **kept):
             sent.append(u_i.copy())
-            return aggregate(u_i)
+            return aggregate(u_i, **kept)
         send.norm = aggregate.norm
         of_the_paper(self, x, s, workers, send)
         assert len(sent) == 1
@@ -71,9 +71,13 @@ CLIP_GD = {"name": "clip_gd", "tau": 2.0, "stepsize": 0.2}
 MOMENTUM = CLIP_GD | {"beta": 0.3}
 CLIP21 = {"name": "clip21", "tau": 1.0, "stepsize": 0.2}
 SGD2M = {"name": "clip21_sgd2m", "tau": 1.0, "stepsize": 0.2, "beta": 0.4, "beta_server": 0.6}
+BYZ = SGD2M | {"name": "byz_clip21_sgd2m"}
+SAFE = {"name": "safe_dshb", "tau": 2.0, "stepsize": 0.2, "beta": 0.3}
 NORMEC = {"name": "alpha_normec", "alpha": 0.5, "beta": 1.0, "stepsize": 0.2}
+ROBUST = {"name": "robust_dshb", "stepsize": 0.2}
 FAMILY = {"clip_gd": CLIP_GD, "clip_gd, momentum": MOMENTUM, "clip21": CLIP21, "clip21_sgd2m": SGD2M,
-          "alpha_normec": NORMEC, "alpha_normec, normalized": NORMEC | {"normalized": True}}
+          "byz_clip21_sgd2m": BYZ, "safe_dshb": SAFE, "alpha_normec": NORMEC,
+          "alpha_normec, normalized": NORMEC | {"normalized": True}}
 family = pytest.mark.parametrize("method", FAMILY.values(), ids=FAMILY)
 # Methods that keep what they have sent: a worker's name for it, the server's, and the share of a message that counts.
 KEPT = {"clip21": (CLIP21, "v_i", "v", 1.0), "clip21_sgd2m": (SGD2M, "g_i", "g", 0.6),
@@ -96,7 +100,8 @@ def test_no_message_is_longer_than_the_bound(method):
 
 def test_other_methods_have_no_bound():
     bounded = {name for name in methods.names() if methods.load(name).bound is not methods.Method.bound}
-    assert bounded == {"clip_gd", "clip21", "clip21_sgd2m", "alpha_normec", "press_clip21"}
+    assert bounded == {"clip_gd", "clip21", "clip21_sgd2m", "alpha_normec", "press_clip21", "byz_clip21_sgd2m",
+                       "safe_dshb"}
 
 
 @family
@@ -140,6 +145,30 @@ def test_the_server_has_the_mean_of_the_workers_states_and_all_noise(method, of_
         total += share * added_noise[k].mean(0)
         np.testing.assert_allclose(getattr(one, of_server) - getattr(one, of_worker).mean(0), total, atol=1e-12)
     assert total.any() == noise
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["", "noise"])
+def test_byz_clip21_keeps_each_workers_state_and_all_its_noise(noise, added_noise):
+    """m_i − g_i is the noise of worker i added up, times β̂: zero without noise. Their mean is Clip21-SGD2M's g."""
+    total = np.zeros((N, D))
+    plain = watched(SGD2M | NOISE if noise else SGD2M)
+    del added_noise[:]
+    for k, (one, other) in enumerate(zip(watched(BYZ | NOISE if noise else BYZ), plain, strict=True)):
+        total += 0.6 * added_noise[k]
+        np.testing.assert_allclose(one.m - one.g_i, total, atol=1e-12)
+        np.testing.assert_allclose(one.m.mean(0), other.g, atol=1e-12)
+        np.testing.assert_allclose(one.x, other.x, rtol=1e-12, atol=1e-12)
+    assert total.any() == noise
+
+
+def test_safe_dshb_sends_momentum_of_noisy_messages(added_noise):
+    """m_i ← (1 − β) m_i + β (clip_τ(∇f_i(x)) + z_i): the noise is in the state, and shrinks with it."""
+    m = np.zeros((N, D))
+    for k, one in enumerate(watched(SAFE | NOISE)):
+        c = np.array([reference.clip(g, 2.0) for g in gradients(one.at)])
+        m = 0.7 * m + 0.3 * (c + added_noise[k])
+        np.testing.assert_allclose(one.m_i, m, atol=1e-12)
+        np.testing.assert_allclose(one.sent, m, atol=1e-12)
 
 
 def test_a_noisy_state_takes_in_what_was_sent():
@@ -352,10 +381,37 @@ def test_error_of_clip21_sgd2m_at_a_fixed_x():
     assert (errors[0] > 1).all() and (errors[-1] < 1e-3).all()
 
 
-def test_clip_gd_keeps_a_state_for_momentum_only():
-    assert not hasattr(watched(CLIP_GD, 1)[0], "v_i")
-    assert watched(MOMENTUM, 1)[0].v_i.shape == (N, D)
-    assert path(CLIP_GD | {"beta": 1.0}).tobytes() == path(CLIP_GD).tobytes()
+@pytest.mark.parametrize("plain, beta, state", [
+    (CLIP_GD, {"beta": 1.0}, "v_i"), (SAFE | {"beta": 1.0}, {"beta": 1.0}, "m_i"), (ROBUST, {"beta": 0.0}, "m_i")],
+    ids=["clip_gd", "safe_dshb", "robust_dshb"])
+def test_a_state_is_kept_for_momentum_only(plain, beta, state):
+    assert not hasattr(watched(plain, 1)[0], state)
+    assert getattr(watched(plain | {"beta": 0.3}, 1)[0], state).shape == (N, D)
+    assert path(plain | beta).tobytes() == path(plain).tobytes()
+
+
+def test_without_momentum_they_are_what_they_are_called():
+    """To the last bit: Safe-DSHB is Byz-Clip-SGD, Robust-DSHB is gradient descent."""
+    for noise in ({}, NOISE):
+        assert path(SAFE | {"beta": 1.0} | noise).tobytes() == path(CLIP_GD | noise).tobytes()
+    assert path(ROBUST).tobytes() == path({"name": "gd", "stepsize": 0.2}).tobytes()
+
+
+def test_messages_of_robust_dshb_are_momenta():
+    """Those of clip_gd without a threshold, whose β weighs the new gradient; and averaged, the server's momentum of SGD
+    with the step (1 − β) γ."""
+    for one, other in zip(watched(ROBUST | {"beta": 0.7}), watched(MOMENTUM | {"tau": np.inf}), strict=True):
+        np.testing.assert_allclose(one.sent, other.sent, atol=1e-12)
+        np.testing.assert_allclose(one.sent, one.m_i)
+    np.testing.assert_allclose(path(ROBUST | {"beta": 0.7}), reference.sgd(GRADS, X0, 30, 0.3 * 0.2, 0.7), rtol=1e-11)
+
+
+@pytest.mark.parametrize("start", [0.25, 1e6])
+def test_celgc_sends_how_far_it_went(start):
+    """However far x is from 0: no message is longer than I γ."""
+    for one in watched({"name": "celgc", "eta": 0.1, "gamma": 0.2, "interval": 3}, start=start):
+        assert 0.3 < lengths(one.sent).max() <= 3 * 0.2 + 1e-9
+        np.testing.assert_allclose(one.x, one.at + one.sent.mean(0), rtol=1e-12)
 
 
 # ---- α-NormEC
@@ -404,6 +460,10 @@ def test_normalized_steps_stay_at_a_minimum():
     (SGD2M | {"tau": -1.0}, "method.tau = -1.0"), (SGD2M | {"stepsize": 0.0}, "method.stepsize = 0.0"),
     (SGD2M | {"beta_servr": 0.5}, "did you mean 'beta_server'"),
     ({key: value for key, value in SGD2M.items() if key != "beta"}, "method.beta: missing"),
+    (BYZ | {"beta_server": 0.0}, "method.beta_server = 0.0: input should be greater than 0"),
+    (SAFE | {"beta": 0.0}, "method.beta = 0.0: input should be greater than 0"),
+    (ROBUST | {"beta": 1.0}, "method.beta = 1.0: input should be less than 1"),
+    (ROBUST | {"sigma": 1.0, "delta": 1e-5}, "'robust_dshb': nothing bounds what a worker sends"),
     (NORMEC | {"alpha": 0}, "method.alpha = 0: input should be greater than 0"),
     (NORMEC | {"alpha": np.inf}, "method.alpha = inf: input should be a finite number"),
     (NORMEC | {"beta": -1.0}, "method.beta = -1.0: input should be greater than 0"),

@@ -318,3 +318,64 @@ def test_labels_leave_out_defaults_and_what_follows_from_another_key():
     assert labels([config("clip_gd", beta=0.5), config("clip21")], ["a", "b"]) == ["clip_gd, β = 0.5", "clip21"]
     private = {"epsilon": 2.0, "delta": 1e-5}
     assert labels([config("clip21", **private), config("clip21")], ["a", "b"]) == ["clip21, ε = 2", "clip21"]
+
+
+# ---- who is far from the aggregate
+
+
+def suspected(dir, n=9, attack=True, rounds=10):
+    """A run with a line for every round, whose worker i is i + 1 away, or, the last one, not finite from round 5 on."""
+    aggregate = {"rules": ["median"], "f": 2, "suspect": True} | ({"attack": {"name": "nan"}} if attack else {})
+    record = Record.create(dir, {"config": json.dumps({"method": {"name": "gd"}, "aggregate": aggregate})},
+                           ["round", "loss", "shortened", ("suspicion", n)])
+    for k in range(rounds + 1):
+        distance = np.arange(1.0, n + 1) * (np.nan if k == 0 else 1)
+        distance[n - 1] *= np.inf if k >= 5 else 1
+        record.append({"round": k, "loss": 1.0, "shortened": 100.0 * k if k else math.nan, "suspicion": distance})
+    record.close()
+    return dir
+
+
+def test_every_workers_suspicion_and_the_attackers_apart(tmp_path, drawn):
+    plot([suspected(tmp_path / "a")], y="suspicion", out=tmp_path / "p.png")
+    axes, = drawn[0].axes
+    lines = [line for line in axes.lines if line.get_linestyle() != "None"]
+    assert [line.get_color() for line in lines] == [COLORS[0]] * 7 + [COLORS[1]] * 2
+    assert [set(line.get_ydata()) for line in lines] == [{i + 1} for i in range(9)]
+    assert [len(line.get_xdata()) for line in lines] == [10] * 8 + [4]
+    beyond, = (line for line in axes.lines if line.get_linestyle() == "None")
+    assert beyond.get_xdata().tolist() == [5, 6, 7, 8, 9, 10] and set(beyond.get_ydata()) == {1}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "honest workers", "Byzantine: workers 7 to 8", "not finite"]
+
+
+def test_suspicion_where_nobody_is_known_to_attack_and_several_runs(tmp_path, drawn):
+    plot([suspected(tmp_path / "a", 9, False), suspected(tmp_path / "b", 4, False), suspected(tmp_path / "c")],
+         y="suspicion", out=tmp_path / "p.png")
+    texts = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in drawn[0].axes]
+    assert texts[0] == ["other workers", "worker 8", "not finite", "worker 7", "worker 6"]
+    assert texts[1] == ["other workers", "worker 3", "not finite", "worker 2", "worker 1"]
+    assert texts[2][0] == "honest workers"
+    run(tmp_path / "d")
+    for dirs, options, message in [
+            ("ad", {}, r"d: no metric 'suspicion' yet; expected a run with aggregate\.suspect = true"),
+            ("a" * 13, {}, "at most 12 runs"), ("a", {"rows": "method.name"}, "no --rows"),
+            ("a", {"x": "round,loss"}, "one --x"), ("a", {"x": "suspicion"}, "there is no 'suspicion'"),
+            ("a", {"y": "loss,suspicion"}, "no other metric")]:
+        with pytest.raises(InputError, match=message):
+            plot([tmp_path / name for name in dirs], **{"y": "suspicion"} | options)
+
+
+def test_counts_are_not_logarithmic_and_begin_with_the_first_round(tmp_path, drawn):
+    plot([suspected(tmp_path)], y="shortened", out=tmp_path / "p.png")
+    assert drawn[0].axes[0].get_yscale() == "linear"
+    assert drawn[0].axes[0].lines[0].get_xdata()[0] == 1
+
+
+def test_show_names_the_most_suspicious(tmp_path):
+    text = show([suspected(tmp_path / "a", 100)])
+    line, = (line for line in text.splitlines() if "suspicion" in line)
+    assert " ".join(line.split()) == "suspicion median 50; workers 99: not finite, 98: 99, 97: 98"
+    final = json.loads(show([tmp_path / "a"], as_json=True))["final"]
+    assert final["suspicion"] == [*range(1, 100), None]
+    assert "suspicion" not in show([suspected(tmp_path / "b", rounds=0)])

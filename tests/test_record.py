@@ -56,6 +56,20 @@ def test_missing_metrics_are_nan_and_unknown_ones_are_refused(tmp_path):
     assert len(lines) == 1 and math.isnan(lines["loss"][0])
 
 
+def test_a_line_may_have_several_numbers_of_a_metric(tmp_path):
+    run = Record.create(tmp_path, {}, ["round", ("suspicion", 3), "loss"])
+    for k in range(300):                                    # more than there is room for at first
+        run.append({"round": k, "suspicion": np.arange(3) + k, "loss": 0.5})
+    run.append({"round": 300})
+    run.close()
+    run = Record.resume(tmp_path, 300)
+    run.append({"round": 301, "suspicion": [7, 8, 9], "loss": 0.25})
+    _, lines = read(tmp_path)
+    assert lines["suspicion"].shape == (302, 3) and lines["suspicion"][299].tolist() == [299, 300, 301]
+    assert np.isnan(lines["suspicion"][300]).all() and lines[301].tolist()[1].tolist() == [7, 8, 9]
+    assert lines["loss"][301] == 0.25 and lines["round"].tolist() == list(range(302))
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.11])
 def test_a_killed_writer_loses_at_most_the_last_line(tmp_path, delay):
     code = ("import sys; sys.path.insert(0, sys.argv[2]); from test_record import *\n"

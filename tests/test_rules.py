@@ -3,6 +3,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import combinations
 from operator import methodcaller
 from threading import Barrier
 
@@ -11,19 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 import mpiclip
 import reference
-from mpiclip import rules
+from mpiclip import columns, rules
 from mpiclip.attacks import sign_flip
-from mpiclip.rows import BLOCK, Rows
+from mpiclip.columns import BLOCK
+from mpiclip.rows import Rows
+from mpiclip.streams import stream
 
 CHAINS = [["mean"], ["median"], ["trimmed_mean"], ["arc"], ["nnm"], ["arc", "trimmed_mean"], ["arc", "median"],
           ["nnm", "trimmed_mean"], ["arc", "nnm", "median"], ["nnm", "arc", "nnm", "mean"]]
 ROBUST = [names for names in CHAINS if names[-1] in ("median", "trimmed_mean")]     # "nnm" alone, say, is not
 chains = pytest.mark.parametrize("names", CHAINS, ids="-".join)
 many_columns = pytest.mark.parametrize("d", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
-examples = settings(max_examples=60, deadline=None)
+examples = settings(max_examples=25, deadline=None)
 
 
 def rng(seed=0):
@@ -32,9 +36,50 @@ def rng(seed=0):
 
 def by_definition(X, names, f):
     X = X.astype(float)
-    for name in names:
-        X = getattr(reference, name)(X, f)
+    for entry in names:
+        constants = dict(entry) if isinstance(entry, dict) else {"name": entry}
+        name = constants.pop("name")
+        if name == "bucketing":
+            constants["order"] = stream(0, "rules").permutation(len(X))
+        X = getattr(reference, name)(X, f, **constants)
     return X if X.ndim == 1 else sum(X) / len(X)
+
+
+# Every rule, alone and behind others; what each is equivariant to, and whether f huge rows leave it where it is.
+TRANSLATED, SCALED, ROBUST_TO_HUGE = "translation", "scale", "huge"
+BOTH = {TRANSLATED, SCALED}
+EVERY: dict[str, tuple[list, set[str]]] = {
+    "mean": (["mean"], BOTH),
+    "median": (["median"], BOTH | {ROBUST_TO_HUGE}),
+    "trimmed_mean": (["trimmed_mean"], BOTH | {ROBUST_TO_HUGE}),
+    "mean_around_median": (["mean_around_median"], BOTH | {ROBUST_TO_HUGE}),
+    "geometric_median": (["geometric_median"], BOTH | {ROBUST_TO_HUGE}),
+    "three_steps": ([{"name": "geometric_median", "iterations": 3, "nu": 0.1}], set()),
+    "smoothed": ([{"name": "geometric_median", "nu": 2.0}], {TRANSLATED, ROBUST_TO_HUGE}),
+    "krum": (["krum"], BOTH | {ROBUST_TO_HUGE}),
+    "multi_krum": (["multi_krum"], BOTH | {ROBUST_TO_HUGE}),
+    "mda": (["mda"], BOTH | {ROBUST_TO_HUGE}),
+    "smea": (["smea"], BOTH | {ROBUST_TO_HUGE}),
+    "caf": (["caf"], BOTH | {ROBUST_TO_HUGE}),
+    "monna": ([{"name": "monna", "pivot": 1}], BOTH | {ROBUST_TO_HUGE}),
+    "centered_clipping": ([{"name": "centered_clipping", "threshold": 3, "iterations": 4}], {ROBUST_TO_HUGE}),
+    "arc": (["arc"], {SCALED}),
+    "clipping": ([{"name": "clipping", "threshold": 5}], {ROBUST_TO_HUGE}),
+    "nnm": (["nnm"], BOTH),
+    "bucketing": ([{"name": "bucketing", "s": 2}], BOTH),
+    "arc-nnm-trimmed_mean": (["arc", "nnm", "trimmed_mean"], {SCALED, ROBUST_TO_HUGE}),
+    "nnm-geometric_median": (["nnm", "geometric_median"], BOTH | {ROBUST_TO_HUGE}),
+    "clipping-nnm-multi_krum": (["clipping", "nnm", "multi_krum"], {ROBUST_TO_HUGE}),
+    "arc-caf": (["arc", "caf"], {SCALED, ROBUST_TO_HUGE}),
+    "nnm-smea": (["nnm", "smea"], BOTH | {ROBUST_TO_HUGE}),
+    "arc-centered_clipping": (["arc", "centered_clipping"], {ROBUST_TO_HUGE}),
+}
+every = pytest.mark.parametrize("names", [names for names, _ in EVERY.values()], ids=EVERY.keys())
+
+
+def that_are(*kinds):
+    chosen = {name: names for name, (names, has) in EVERY.items() if has >= set(kinds)}
+    return pytest.mark.parametrize("names", chosen.values(), ids=chosen.keys())
 
 
 @st.composite
@@ -66,8 +111,7 @@ def test_mixings_are_matrices_one_after_another(case, mixings, seed):
     np.testing.assert_allclose(rows.gram(), expected @ expected.T, atol=size * 100, rtol=1e-10)
     distances = ((expected[:, None] - expected[None]) ** 2).sum(2)
     np.testing.assert_allclose(rows.distances(), distances, atol=size * 100, rtol=1e-10)
-    largest = rows.coordinates(lambda X: X.max(0))
-    np.testing.assert_allclose(largest, expected.max(0), atol=size)
+    np.testing.assert_allclose(rows.coordinates(columns.median), np.median(expected, axis=0), atol=size)
 
 
 def test_mixings_are_applied_in_order():
@@ -86,25 +130,46 @@ def test_blocks_of_columns(d, dtype):
     W = rng(1).standard_normal((4, 6))
     tolerance = {"rtol": 0, "atol": 2e-5 if dtype == "float32" else 1e-12}
     np.testing.assert_allclose(rows.norms(), np.linalg.norm(exact, axis=1), rtol=1e-12)
-    np.testing.assert_allclose(rows.gram(), exact @ exact.T, rtol=1e-11)
-    np.testing.assert_allclose(rows.distances(), ((exact[:, None] - exact[None]) ** 2).sum(2), rtol=1e-11, atol=1e-9)
+    products = 1e-11 if dtype == "float64" else 1e-6       # those of float32 may be taken in float32
+    np.testing.assert_allclose(rows.gram(), exact @ exact.T, rtol=products)
+    np.testing.assert_allclose(rows.distances(), ((exact[:, None] - exact[None]) ** 2).sum(2), rtol=products, atol=1e-9)
     for names in (["mean"], ["trimmed_mean"], ["arc", "nnm", "median"]):
-        found = rules.chain(Rows(X), names, 2)
+        found = rules.Chain(names, 2)(Rows(X), lambda: None, lambda name: None)
         assert found.shape == (d,) and found.dtype == dtype
         np.testing.assert_allclose(found, by_definition(X, names, 2), **tolerance)
-    np.testing.assert_allclose(rows.mix(W).coordinates(lambda X: X.min(0)), (W @ exact).min(0), **tolerance)
+    np.testing.assert_allclose(rows.mix(W).coordinates(columns.median), np.median(W @ exact, axis=0), **tolerance)
 
 
-def test_replaced_rows():
-    X = rng().normal(size=(5, 7))
-    before, marked = X.copy(), np.array([0, 1, 0, 0, 1], bool)
-    W = rng(1).normal(size=(5, 5))
+def test_appended_rows():
+    """Vectors that are no mixtures of the rows: a point near the others, a small direction, and a huge one."""
+    X = 5 + rng().normal(size=(5, 7))
+    before, W = X.copy(), rng(1).normal(size=(5, 5))
+    new = [X[0] + 0.1, 1e-3 * X[1], np.full(7, 1e12)]
     for rows, expected in ((Rows(X), X), (Rows(X).mix(W), W @ X)):
-        expected = np.where(marked[:, None], np.arange(7.0), expected)
-        replaced = rows.replace(marked, np.arange(7.0))
-        np.testing.assert_allclose(replaced.columns(), expected, rtol=1e-13)
-        np.testing.assert_allclose(replaced.norms(), np.linalg.norm(expected, axis=1), rtol=1e-13)
+        expected = np.vstack([expected, *new])
+        rows = rows.append(*new[:2]).append(new[2])
+        np.testing.assert_allclose(rows.columns(), expected, rtol=1e-13)
+        np.testing.assert_allclose(rows.norms(), np.linalg.norm(expected, axis=1), rtol=1e-10)
+        distances = ((expected[:, None] - expected[None]) ** 2).sum(2)
+        np.testing.assert_allclose(rows.distances(), distances, rtol=1e-9, atol=1e-9)
+        w = rng(2).normal(size=8)
+        np.testing.assert_allclose(rows.combine(w), w @ expected, rtol=1e-10)
+        np.testing.assert_allclose(rows.distances_to(new[0]), ((expected - new[0]) ** 2).sum(1), rtol=1e-9, atol=1e-20)
     np.testing.assert_array_equal(X, before)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_rows_without_some(value):
+    X = rng().normal(size=(5, 7))
+    X[1, 3], marked = value, np.array([0, 1, 0, 0, 1], bool)
+    W = np.eye(5, 7)
+    W[4], W[1] = np.eye(7)[5], np.eye(7)[6]
+    for rows in (Rows(X), Rows(X).append(np.full(7, value), np.ones(7)).mix(W)):
+        assert not rows.finite()[1 if rows.E is None else 4]
+        found = rows.without(marked)
+        np.testing.assert_array_equal(found.columns(), np.where(marked[:, None], 0, X))
+        np.testing.assert_allclose(found.norms(), np.where(marked, 0, np.linalg.norm(X, axis=1)), atol=1e-12)
+        assert found.finite().all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e200])
@@ -165,7 +230,7 @@ def test_nnm_ties_go_to_the_first_row():
 
 @pytest.mark.parametrize("names", [c for c in CHAINS if "nnm" not in c] + [["nnm"], ["arc", "nnm", "median"]],
                          ids="-".join)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(case=matrices(), seed=st.integers(0, 2**32 - 1))
 def test_the_order_of_the_workers_does_not_matter(names, case, seed):
     X, f = case
@@ -230,6 +295,311 @@ def test_coordinate_rules_stay_among_the_values_that_honest_workers_sent(case):
     for rule in (rules.median, rules.trimmed_mean):
         found = rule(Rows(X), f)
         assert (ordered[f] - 1e-9 <= found).all() and (found <= ordered[n - f - 1] + 1e-9).all()
+
+
+# ---- every rule
+
+
+def inputs(kind, n, f, d):
+    """(X, spread of the honest rows); row 1 is honest."""
+    honest, generator = rng(n + d).normal(3, 1, (n, d)), rng(f)
+    lying = np.array([0, 2, 3, 5][:f], int)
+    if kind == "random":
+        return honest, np.sqrt(d)
+    if kind == "tied":              # several equal rows: which of them is chosen makes no difference
+        values = rng(d + n).integers(-3, 4, (4, d)).astype(float)
+        return values[[1] + [0] * (n - f - 1) + [1, 2, 2, 3][:f]], 1.0
+    if kind == "nearly equal":
+        return 5 + rng(1).normal(size=d) + 1e-6 * honest, 1e-6 * np.sqrt(d)
+    if kind == "huge":
+        honest[lying] = 1e30 * generator.normal(size=(f, d))
+        return honest, np.sqrt(d)
+    if kind == "huge together":     # and of different sizes
+        honest[lying] = 10.0 ** np.array([30, 18, 3, 30])[:f, None] * generator.normal(size=d)
+        return honest, np.sqrt(d)
+    return np.where(np.arange(n)[:, None] % 2, honest, 10 * honest - 5) * 10.0 ** generator.integers(-1, 2, (n, 1)), 9.0
+
+
+@every
+@pytest.mark.parametrize("kind", ["random", "tied", "nearly equal", "huge", "huge together", "heterogeneous"])
+def test_every_rule_is_its_definition(names, kind):
+    for n, f, d, dtypes in ((3, 1, 4, "d"), (5, 2, 30, "d"), (9, 4, 5, "df"), (8, 2, 30, "d"), (4, 0, 3, "d")):
+        X, spread = inputs(kind, n, f, d)
+        for dtype in dtypes:
+            if kind == "nearly equal":      # of float32, the result has no digits more
+                accuracy = 2e-8 if dtype == "d" else 0.5e6
+            else:
+                accuracy = 1e-9 if dtype == "d" else 1e-5
+            X, before = X.astype(dtype), X.astype(dtype)
+            found, expected = mpiclip.aggregate(X, names, f), by_definition(X, names, f)
+            np.testing.assert_array_equal(X, before)
+            assert found.dtype == dtype
+            limit = accuracy * (spread + np.abs(expected).max() * (kind != "nearly equal"))
+            np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
+
+
+@every
+def test_every_rule_knows_no_order(names):
+    """MoNNA's pivot goes where its row goes; bucketing deals rows out by their places."""
+    if {"name": "bucketing", "s": 2} in names:
+        return
+    for n, f in ((5, 2), (12, 3)):
+        X, order = rng(n).normal(1, 2, (n, 20)), rng(f).permutation(n)
+        if names == EVERY["mda"][0]:        # many sets have the smallest diameter: only two rows decide it
+            X[:f] += 10
+        moved = [{**e, "pivot": int(np.flatnonzero(order == e["pivot"])[0])}
+                 if isinstance(e, dict) and "pivot" in e else e for e in names]
+        np.testing.assert_allclose(mpiclip.aggregate(X[order], moved, f), mpiclip.aggregate(X, names, f), rtol=1e-9,
+                                   atol=1e-9)
+
+
+@that_are(SCALED)
+def test_every_rule_scales(names):
+    X = rng().normal(1, 2, (9, 30))
+    for s in (7.0, 1e-12, 1e15):
+        np.testing.assert_allclose(mpiclip.aggregate(s * X, names, 3), s * mpiclip.aggregate(X, names, 3), rtol=1e-8,
+                                   atol=1e-9 * s)
+
+
+@that_are(TRANSLATED)
+def test_every_rule_moves_along(names):
+    X, by = rng().normal(1, 2, (9, 30)), rng(1).normal(0, 100, 30)
+    np.testing.assert_allclose(mpiclip.aggregate(X + by, names, 3), mpiclip.aggregate(X, names, 3) + by, rtol=0,
+                               atol=1e-9)
+
+
+@that_are(ROBUST_TO_HUGE)
+@pytest.mark.parametrize("n, f", [(3, 1), (9, 4), (12, 3)])
+def test_f_huge_rows_cannot_drag_any_rule_away(names, n, f):
+    honest = rng(n).normal(2, 1, (n - f, 30))
+    longest = np.linalg.norm(honest, axis=1).max()
+    for size in (1e3, 1e30):
+        for direction in (np.ones((f, 30)), rng(f).normal(size=(f, 30)), 10.0**-np.arange(f)[:, None] * np.ones(30)):
+            X = np.vstack([honest[:2], size * direction, honest[2:]])
+            assert np.linalg.norm(mpiclip.aggregate(X, names, f)) < 3 * longest
+
+
+@every
+def test_every_rule_keeps_rows_that_are_equal(names):
+    """Even where rules without ARC shorten them: then they are shortened alike."""
+    x = rng().normal(size=30)
+    for n, f in ((2, 0), (7, 3)):
+        for X in (np.tile(x, (n, 1)), np.zeros((n, 30))):
+            expected = by_definition(X, names, f)
+            np.testing.assert_allclose(mpiclip.aggregate(X, names, f), expected, rtol=1e-12, atol=1e-14)
+            X = X * (1 + 1e-15 * rng(n).integers(-1, 2, X.shape))          # up to rounding
+            np.testing.assert_allclose(mpiclip.aggregate(X, names, f), expected, rtol=1e-12, atol=1e-14)
+
+
+@every
+def test_holders_of_columns_agree(names):
+    """Two ranks with half of the columns each take the same decisions, and have the whole's columns."""
+    X = rng(4).normal(1, 2, (9, 50))
+    halves, added, met = (X[:, :17], X[:, 17:]), [None, None], Barrier(2)
+    chain = rules.Chain(names, 3, 9)
+
+    def total(here, part):
+        added[here] = part
+        met.wait()
+        result = added[0] + added[1]
+        met.wait()
+        return result
+
+    def hold(here):
+        return chain(Rows(halves[here], partial(total, here)), lambda: stream(0, "rules"),
+                     lambda name: np.zeros(halves[here].shape[1]))
+
+    with ThreadPoolExecutor(2) as pool:
+        np.testing.assert_allclose(np.concatenate(list(pool.map(hold, (0, 1)))), mpiclip.aggregate(X, names, 3),
+                                   rtol=1e-9, atol=1e-12)
+
+
+def test_golden_values():
+    """Of ByzFL's documentation, all on the same three rows."""
+    X = np.arange(1.0, 10).reshape(3, 3)
+    means = {"krum": 2, "multi_krum": 3.5, "mda": 3.5, "smea": 3.5, "mean_around_median": 3.5, "caf": 5, "mean": 5,
+             "centered_clipping": 5, "median": 5, "trimmed_mean": 5}
+    for name, middle in means.items():
+        np.testing.assert_allclose(mpiclip.aggregate(X, [name], 1), middle + np.array([-1, 0, 1]), atol=1e-13)
+    np.testing.assert_allclose(mpiclip.aggregate(X, [{"name": "monna", "pivot": 1}], 1), [2.5, 3.5, 4.5])
+    np.testing.assert_allclose(mpiclip.aggregate(X, [{"name": "geometric_median", "iterations": 3, "nu": 0.1}], 1),
+                               [3.78788764, 4.78788764, 5.78788764], atol=5e-9)
+    np.testing.assert_allclose(rules.arc(Rows(X), 1).columns()[2], [4.41004009, 5.04004582, 5.67005155], atol=5e-9)
+    np.testing.assert_allclose(rules.nnm(Rows(X), 1).columns(), [[2.5, 3.5, 4.5], [2.5, 3.5, 4.5], [5.5, 6.5, 7.5]])
+    np.testing.assert_allclose(rules.clipping(Rows(X), 1, threshold=2.0).columns(), [
+        [0.5345, 1.0690, 1.6036], [0.9117, 1.1396, 1.3675], [1.0051, 1.1487, 1.2923]], atol=5e-5)
+
+
+def test_rows_that_rules_shorten_and_leave_out_are_counted():
+    X = np.array([[1.0, 0], [2, 0.5], [3, 0], [0, 4.5], [50, 1], [60, 0]])
+    counted = {"krum": 5, "multi_krum": 2, "mda": 2, "smea": 2, "monna": 2, "caf": 3}
+    for name, left_out in counted.items():
+        rows = Rows(X)
+        rules.RULES[name](rows, 2)
+        assert rows.counts == {"left_out": left_out}, name
+    for name, constants, shortened in (("arc", {}, 2), ("clipping", {"threshold": 2.9}, 4),
+                                       ("centered_clipping", {"threshold": 40.0, "memory": np.zeros(2)}, 2)):
+        rows = Rows(X)
+        rules.RULES[name](rows, 2, **constants)
+        assert rows.counts == {"shortened": shortened}, name
+
+
+# ---- one rule or another
+
+
+@settings(max_examples=40, deadline=None)
+@given(matrices(), st.integers(0, 6))
+def test_nothing_is_nearer_to_all_rows_than_the_geometric_median(case, zeros):
+    """Its condition: the unit vectors to the rows cancel, up to one for each row that it is itself. Also where rows
+    are equal or in a line, or the median is one of them."""
+    X, f = case
+    X = X.copy()
+    X[:, 1:][:, :zeros] = 0
+    size = np.abs(X - np.median(X, axis=0)).max()
+    z = mpiclip.aggregate(X, ["geometric_median"], f)
+    there = np.linalg.norm(X - z, axis=1) <= 1e-7 * size + 1e-12
+    others = X[~there] - z
+    assert np.linalg.norm((others / np.linalg.norm(others, axis=1)[:, None]).sum(0)) <= there.sum() + 1e-4
+
+
+def test_median_of_rows_in_a_line():
+    """Of an even number of points in a line every point between the middle two is nearest to all: the middle one."""
+    line = np.array([1.0, 2.0, -2.0])
+    for points in ([0.0, 1, 5, 100], [3.0, 0, 0, 7], [2.0, 2, 2, 2], [1e3, 0, 1, 1e3], [5.0, 1, 2], [1.0, 2]):
+        X = np.outer(points, line) + 7
+        np.testing.assert_allclose(mpiclip.aggregate(X, ["geometric_median"], 0), np.median(X, axis=0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("n, f, spread", [(64, 12, 1.0), (40, 19, 1.0), (64, 31, 0.0), (60, 25, 0.3)])
+def test_minimum_diameter_of_many_rows(n, f, spread):
+    """The set is found although nobody could try all; with spread 0, all pairs are about equally far apart."""
+    X = rng(n).normal(size=(n, 3)) if spread == 1 else np.eye(n) + spread * 1e-3 * rng(n).normal(size=(n, n))
+    w = rules.mda(Recorder(X), f)
+    D = ((X[:, None] - X[None]) ** 2).sum(2)
+    kept = w > 0
+    t = D[np.ix_(kept, kept)].max()
+    assert kept.sum() == n - f
+    if spread == 1:                         # no set has a smaller one
+        assert not independent(t * (1 - 1e-9) <= D, n - f)
+
+
+def test_few_vertices_that_touch_every_edge():
+    """A set of k is found if there is one, in graphs of all densities."""
+    generator, sets = rng(), (np.arange(2048)[:, None] >> np.arange(11) & 1).astype(bool)
+    for density in np.linspace(0.15, 0.75, 120):
+        far = np.triu(generator.random((11, 11)) < density, 1)
+        pairs = np.argwhere(far)
+        covers = (sets[:, pairs[:, 0]] | sets[:, pairs[:, 1]]).all(1)
+        least = sets[covers].sum(1).min()
+        edges = [int(row @ (1 << np.arange(11))) for row in (far | far.T)]
+        assert rules._cover(edges, 2047, least - 1) is None
+        found = rules._cover(edges, 2047, least)
+        assert found is not None and covers[found] and found.bit_count() <= least
+
+
+def test_of_equals_the_first_is_taken():
+    """Two pairs of rows are as near to the last row; rounding does not choose among scores that are equal."""
+    X = np.array([[1.0, 0], [-1, 0], [1, 0.1], [-1, 0.1], [0, 0]])
+    np.testing.assert_allclose(mpiclip.aggregate(X, ["mda"], 2), X[[0, 2, 4]].mean(0))
+    assert rules._lowest(np.array([[1.0, 1 - 1e-15, 2], [4, 1 + 1e-13, 1]]), 2).tolist() == [[0, 1], [1, 2]]
+
+
+@every
+def test_every_rule_ends_for_rows_of_any_size(names):
+    """Also where squares are no longer numbers of full precision, or none at all."""
+    for size in (1e-30, 1e-155, 1e-161, 1e-300, 1e60, 1e148):
+        X = rng().normal(2, 1, (9, 20)) * np.where(np.arange(9) % 4 | (size < 1), size, 1)[:, None]
+        assert np.isfinite(mpiclip.aggregate(X, names, 3)).all()
+
+
+class Recorder(Rows):
+    def combine(self, w):
+        return w
+
+
+def independent(far, m):
+    """Whether there are m rows no two of which are far: by integer programming."""
+    n, pairs = len(far), np.argwhere(np.triu(far, 1))
+    A = np.zeros((len(pairs), n))
+    A[np.arange(len(pairs))[:, None], pairs] = 1
+    found = milp(-np.ones(n), constraints=LinearConstraint(A, ub=1), integrality=np.ones(n), bounds=Bounds(0, 1))
+    return -found.fun > m - 0.5
+
+
+@pytest.mark.parametrize("d", [2, 30])
+def test_smallest_eigenvalue_among_a_thousand_sets(d):
+    for k in range(3):
+        X = rng(k).normal(size=(14, d))
+        np.testing.assert_allclose(mpiclip.aggregate(X, ["smea"], 4), reference.smea(X, 4), rtol=1e-12, atol=1e-12)
+
+
+def test_centred_clipping_remembers():
+    memory, v = {}, np.zeros(8)
+    rule = {"name": "centered_clipping", "threshold": 0.7, "iterations": 2}
+    for k in range(4):
+        X = rng(k).normal(1, 1, (7, 8))
+        found = mpiclip.aggregate(X, ["nnm", rule], 2, memory=memory)
+        v = reference.centered_clipping(reference.nnm(X, 2), 2, 0.7, 2, v)
+        np.testing.assert_allclose(found, v, rtol=1e-12)
+        found[:] = np.nan           # the caller's: not what is remembered
+    assert list(memory) == ["rule1_centered_clipping"]
+
+
+@pytest.mark.parametrize("n, s", [(7, 3), (6, 2), (5, 1), (4, 9)])
+def test_buckets(n, s):
+    """Each row is in one bucket; the last one may have fewer."""
+    X = np.eye(n)
+    B = rules.bucketing(Rows(X), 0, s=s, random=np.random.default_rng(5)).columns()
+    assert B.shape == (-(-n // s), n)
+    np.testing.assert_allclose(sorted((B > 0).sum(1)), sorted([s] * (n // s) + [n % s] * (n % s > 0)) if s < n else [n])
+    assert ((B > 0).sum(0) == 1).all()
+    np.testing.assert_allclose(B.sum(1), 1)
+    again, other = (mpiclip.aggregate(X, [{"name": "bucketing", "s": s}, "krum"], 0, seed=k) for k in (0, 0))
+    np.testing.assert_array_equal(again, other)
+
+
+def test_buckets_are_dealt_anew():
+    X = np.eye(9)
+    seen = {mpiclip.aggregate(X, [{"name": "bucketing", "s": 2}, "krum"], 1, seed=k).tobytes() for k in range(8)}
+    assert len(seen) > 3
+
+
+# ---- what rules ask for
+
+
+@pytest.mark.parametrize("names, n, f, words", [
+    (["median"], 4, 2, ["aggregate.f: 2 of 4 workers", "n > 2f"]),
+    (["mean"], 4, -1, ["f ≥ 0"]),
+    (["bucketing", "median"], 9, 3, ["'median' is handed n = 5 rows", "n > 2f"]),
+    (["nnm", "bucketing", "bucketing", "krum"], 9, 2, ["'krum' is handed n = 3 rows"]),
+    ([{"name": "monna", "pivot": 5}], 5, 1, ["'monna'", "pivot < n"]),
+    (["bucketing", {"name": "monna", "pivot": 3}], 5, 1, ["'monna' is handed n = 3 rows", "pivot < n"]),
+    (["mda"], 100, 33, ["'mda'", "n = 100", "f ≤ 32"]),
+    (["arc", "smea"], 64, 12, ["'smea'", "n = 64", "n choose f ≤ 200000"]),
+    (["median", "mean"], 4, 1, ["'median' gives one vector"]),
+    (["medain"], 4, 1, ["medain", "'median'"]),
+    ([{"name": "clipping", "threshold": 0.0}], 4, 1, ["aggregate.rules.clipping.threshold = 0.0", "greater than 0"]),
+    ([{"name": "clipping", "threshold": float("nan")}], 4, 1, ["threshold = nan", "finite"]),
+    ([{"name": "clipping", "treshold": 1.0}], 4, 1, ["treshold", "'threshold'"]),
+    ([{"name": "bucketing", "s": 0}], 4, 1, ["bucketing.s = 0", "greater than or equal to 1"]),
+    ([{"name": "bucketing", "s": 1.5}], 4, 1, ["bucketing.s = 1.5", "integer"]),
+    ([{"name": "bucketing", "random": 1}], 4, 1, ["random"]),
+    ([{"name": "geometric_median", "nu": -1.0}], 4, 1, ["geometric_median.nu = -1.0"]),
+    ([{"name": "geometric_median", "iterations": True}], 4, 1, ["geometric_median.iterations = True"]),
+    ([{"name": "centered_clipping", "iterations": 0}], 4, 1, ["centered_clipping.iterations = 0"]),
+    ([{"name": "median", "f": 1}], 4, 1, ["'f'"]),
+    ([7], 4, 1, ["aggregate.rules = 7", "expected a name"]),
+])
+def test_what_does_not_fit_is_refused_in_one_line(names, n, f, words):
+    with pytest.raises(mpiclip.InputError) as caught:
+        mpiclip.aggregate(np.ones((n, 3)), names, f)
+    message = str(caught.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_every_rule_is_in_the_table():
+    assert set(rules.RULES) == {entry if isinstance(entry, str) else entry["name"]
+                                for names, _ in EVERY.values() for entry in names}
 
 
 # ---- ARC on paper
@@ -311,6 +681,42 @@ def test_arc_costs_little_where_nobody_lies(case, seed):
     assert shift <= f / (len(X) - 2 * f) * spread * (1 + 1e-9) + 1e-12
 
 
+@pytest.mark.parametrize("name", ["mean", "geometric_median", "krum", "multi_krum", "mda", "monna", "caf", "smea",
+                                  "nnm"])
+@settings(max_examples=20, deadline=None)
+@given(case=matrices())
+def test_rules_that_average_rows_give_nothing_longer_than_the_honest_behind_arc(name, case):
+    """Lemma 5.1: ‖F∘ARC(X)‖ ≤ max_{i ∈ S} ‖x_i‖, for every S of n − f rows."""
+    X, f = case
+    assert np.linalg.norm(mpiclip.aggregate(X, ["arc", name], f)) <= np.sort(lengths(X))[len(X) - f - 1] * (1 + 1e-9)
+
+
+@examples
+@given(matrices())
+def test_arc_keeps_robustness(case):
+    """Theorem 3.2: behind ARC, an (f, κ)-robust rule is (f, κ + 2f/(n − 2f))-robust; the trimmed mean has
+    κ = 6f/(n − 2f) (1 + f/(n − 2f)) (Allouah et al. 2023, arXiv:2302.01772, Proposition 2)."""
+    X, f = case
+    n = len(X)
+    r = f / (n - 2 * f)
+    found = mpiclip.aggregate(X, ["arc", "trimmed_mean"], f)
+    for S in combinations(range(n), n - f):
+        honest = X[list(S)]
+        spread = ((honest - honest.mean(0)) ** 2).sum(1).mean()
+        assert ((found - honest.mean(0)) ** 2).sum() <= (6 * r * (1 + r) + 2 * r) * spread * (1 + 1e-9) + 1e-9
+
+
+@every
+def test_static_clipping_is_not_robust(names):
+    """Lemma 3.1: n equal vectors have no spread, and clipping moves them by R − C; ARC does not touch them."""
+    x = np.full(9, 4.0)                     # of length 12
+    X = np.tile(x, (7, 1))
+    clipped = mpiclip.aggregate(X, [{"name": "clipping", "threshold": 3.0}, *names], 2)
+    expected = mpiclip.aggregate(X / 4, names, 2)
+    np.testing.assert_allclose(clipped, expected, rtol=1e-9)
+    np.testing.assert_allclose(mpiclip.aggregate(X, ["arc", *names], 2), mpiclip.aggregate(X, names, 2), rtol=1e-12)
+
+
 def test_arc_is_not_translation_equivariant():
     X = rng().normal(size=(7, 3))
     assert not np.allclose(arc(X + 10, 2), arc(X, 2) + 10)
@@ -321,7 +727,7 @@ def test_arc_is_not_translation_equivariant():
 
 def test_sign_flip_is_minus_the_mean_of_the_honest():
     X, byzantine = rng().normal(size=(6, 4)), np.array([0, 1, 0, 0, 1, 0], bool)
-    found = sign_flip(Rows(X), byzantine).columns()
+    found = sign_flip(Rows(X), byzantine, None).columns()
     np.testing.assert_allclose(found[~byzantine], X[~byzantine], rtol=1e-14)
     np.testing.assert_allclose(found[byzantine], np.tile(-X[~byzantine].mean(0), (2, 1)), rtol=1e-12)
 

@@ -28,7 +28,7 @@ Y = rng(2).choice([-1.0, 1.0], 100)
 
 
 def party(problem=None, ids=range(4), batch=None, seed=0, dtype="float64", honest=4, tolerant=False, a=A, y=Y,
-          n=4, classes=(-1, 1)):
+          n=4, classes=(-1, 1), eval_rows=None):
     """(Workers, Server) that host `ids` of n workers; the last n − honest have no rows. Alone, so of one rank."""
     problem, ids, comm = problem or problems.Linear(), np.array(ids), Comm()
     rows = [np.arange(OFFSETS[i], OFFSETS[i + 1]) if i < honest else np.empty(0, int) for i in ids]
@@ -38,7 +38,7 @@ def party(problem=None, ids=range(4), batch=None, seed=0, dtype="float64", hones
     d = len(problem.x0(data, seed, dtype))
     server = Server(comm, d, n, len(ids), Device("cpu"), dtype)
     return Workers(problem, data, offsets, ids, d, dtype, Device("cpu"), comm, server.mine, seed, batch, honest,
-                   tolerant), server
+                   tolerant, eval_rows), server
 
 
 def least_squares(x, rows):
@@ -101,6 +101,22 @@ def test_an_evaluation_spares_the_round_its_gradients_but_not_its_minibatch():
         workers.begin(0)
         workers.grad(X0)
         assert counted.calls == calls
+
+
+@pytest.mark.parametrize("most", [1, 7, 10, 50])
+def test_an_evaluation_of_some_rows(most):
+    """Evenly spaced over each worker's, all of those that have fewer; the round's own gradients are of all rows."""
+    workers, server = party(eval_rows=most, honest=3)
+    expected = []
+    for i in range(3):
+        have = COUNTS[i]
+        rows = [OFFSETS[i] + int(k * have / most) for k in range(most)] if most < have else range(*OFFSETS[i:i + 2])
+        expected.append(least_squares(X0, list(rows)))
+    metrics = workers.evaluate(X0, server)
+    assert metrics["loss"] == pytest.approx(np.mean([loss for loss, _ in expected]), rel=1e-12)
+    assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(np.mean([g for _, g in expected], 0)), rel=1e-12)
+    workers.begin(0)
+    np.testing.assert_allclose(workers.grad(X0)[:3], GRADIENTS[:3], rtol=1e-12)
 
 
 def test_zeros_and_copies():
@@ -239,6 +255,8 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_anything_has_chang
                     "clip21_sgd2m": step | {"tau": 1.0, "beta": 0.5, "beta_server": 0.5},
                     "clip_gd": step | {"tau": 1.0, "beta": 0.5}, "alpha_normec": step | {"alpha": 1.0, "beta": 1.0},
                     "press_clip21": step | sparse | {"tau": 1.0}, "ef21": step | sparse, "dcgd": step | sparse,
+                    "byz_clip21_sgd2m": step | {"tau": 1.0, "beta": 0.5, "beta_server": 0.5},
+                    "safe_dshb": step | {"tau": 1.0, "beta": 0.5}, "robust_dshb": step | {"beta": 0.5},
                     "celgc": {"eta": 0.1, "gamma": 0.1, "interval": 3}, "naive_parallel": {"eta": 0.1, "gamma": 0.1}}
     for name in methods.names():
         workers, _ = party(tolerant=False)

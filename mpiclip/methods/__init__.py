@@ -12,7 +12,9 @@ s               the state. s.x is the server's model, which `round` updates in p
                 s.x, of the columns that this rank serves. What is in s is checkpointed.
 workers         grad(x) → ∇f_i(x) (w, d), yours to overwrite until the next call; x is (d,), or (w, d): a point each
 aggregate(u_i)  (w, d) → the mean over all n workers, or what the robust rules make of them: this rank's columns, valid
-                until the next call; aggregate.norm(u) is the norm of such a server vector
+                until the next call; aggregate.norm(u) is the norm of such a server vector. aggregate(u_i, onto=s.m,
+                scale=β̂) is for a server that keeps a vector for each of the n workers, s.m (n, columns): m_i += β̂ u_i,
+                and it is the m_i that are averaged, or that the rules see
 
 A method that clips keeps s.clipped_i: the share of its steps in this round in which a worker clipped.
 
@@ -52,6 +54,7 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
+    sends_gradients: ClassVar[bool] = True      # or momenta of gradients, clipped or not; False: changes of something
     sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None

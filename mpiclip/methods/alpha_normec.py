@@ -3,6 +3,8 @@
 Shulgin, Khirirat, Richtárik (2025), "Smoothed normalization for efficient distributed private optimization",
 arXiv:2502.13482; with noise, DP-α-NormEC."""
 
+from typing import ClassVar
+
 import numpy as np
 from pydantic import Field
 
@@ -21,6 +23,7 @@ class AlphaNormEC(Method):
     beta: float = Field(gt=0, allow_inf_nan=False)      # β, the longest message
     stepsize: StepSize                                  # γ
     normalized: bool = False                            # whether γ is the length of the server's step
+    sends_gradients: ClassVar[bool] = False
 
     def bound(self):
         return self.beta

@@ -4,7 +4,7 @@ DP-Clip21-GD.
 Khirirat, Gorbunov, Horváth, Islamov, Karray, Richtárik (2023), "Clip21: Error feedback for gradient clipping",
 arXiv:2305.18929, Algorithm 2."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -28,6 +28,7 @@ class Clip21(Method):
     tau: Threshold                                                                               # τ
     stepsize: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["1/L", "theory"]      # γ
     noisy_state: bool = False
+    sends_gradients: ClassVar[bool] = False
 
     def bound(self):
         return self.tau

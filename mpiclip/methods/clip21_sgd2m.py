@@ -4,6 +4,8 @@ noise of differential privacy.
 Islamov, Horváth, Lucchi, Richtárik, Gorbunov (2025), "Double momentum and error feedback for clipping with fast rates
 and differential privacy", arXiv:2502.11682, Algorithm 1."""
 
+from typing import ClassVar
+
 import numpy as np
 from pydantic import Field
 
@@ -22,6 +24,7 @@ class Clip21SGD2M(Method):
     stepsize: StepSize                          # γ
     beta: float = Field(gt=0, le=1)             # β, the weight of the new gradient in a worker's momentum
     beta_server: float = Field(gt=0, le=1)      # β̂, how much of a message is taken in
+    sends_gradients: ClassVar[bool] = False
 
     def bound(self):
         return self.tau

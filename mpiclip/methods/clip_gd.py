@@ -13,7 +13,8 @@ from . import Method, StepSize, Threshold
 
 class ClipGD(Method):
     """v_i ← (1 − β) v_i + β ∇f_i(x), from v_i = 0;  x ← x − γ (1/n) Σ (clip_τ(v_i) + z_i) with z_i ~ N(0, σ² I).
-    With β = 1, v_i is the gradient and nothing is kept."""
+    With β = 1, v_i is the gradient and nothing is kept; then, with rules in the mean's place, it is Byz-Clip-SGD, a
+    baseline of Byz-Clip21-SGD2M (arXiv:2603.23472)."""
 
     tau: Threshold                              # τ
     stepsize: StepSize                          # γ

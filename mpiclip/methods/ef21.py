@@ -21,6 +21,7 @@ class EF21(Method):
     compressor: compressors.Choice              # C
     stepsize: StepSize                          # γ
     contractive: ClassVar[bool] = True          # what C has to be
+    sends_gradients: ClassVar[bool] = False
 
     def init(self, s, workers):
         s.g_i = workers.zeros()

@@ -22,6 +22,7 @@ class PressClip21(Method):
     compressor: compressors.Choice              # C
     stepsize: StepSize                          # γ
     contractive: ClassVar[bool] = True          # what C has to be
+    sends_gradients: ClassVar[bool] = False
 
     def bound(self):
         return self.tau

@@ -10,7 +10,6 @@ import pytest
 import reference
 from mpiclip import rules
 from mpiclip.aggregation import Aggregation, aggregate
-from mpiclip.attacks import sign_flip
 from mpiclip.comm import Comm
 from mpiclip.device import Device
 from mpiclip.errors import InputError
@@ -136,7 +135,8 @@ def test_rules_of_a_slow_rank_still_see_the_rows_of_their_round(ranks, monkeypat
         if ranks.rank == ranks.size - 1:
             sleep(0.02)
         return rows.mean()
-    monkeypatch.setitem(rules.RULES, "late", late)
+    monkeypatch.setitem(rules.RULES, "late", None)
+    rules.rule(late)
     X = data(6, 5000, "float64")
     aggregation = Aggregation(server(ranks, X), ["late"], 1)
     mine = aggregation.server.mine
@@ -180,7 +180,7 @@ def test_without_shared_memory_vectors_are_sent(ranks, monkeypatch):
 @pytest.mark.parametrize("names", [[], ["arc", "trimmed_mean"], ["arc", "nnm", "median"], ["nnm"], ["arc", "mean"]])
 def test_robust_aggregation(ranks, at, names):
     f, X = 2, data(9, 503, "float64") * np.arange(1, 10)[:, None]
-    aggregation = Aggregation(server(ranks, X, at), names, f, sign_flip, np.arange(9) >= 7)
+    aggregation = Aggregation(server(ranks, X, at), names, f, {"name": "sign_flip"}, np.arange(9) >= 7)
     expected = reference.sign_flip(X, f)
     for name in names:
         expected = getattr(reference, name)(expected, f)
@@ -198,7 +198,7 @@ def test_non_finite_rows_count_as_byzantine(ranks):
     aggregation = Aggregation(server(ranks, X), ["arc", "trimmed_mean"], 2)
     result = aggregation.server.join(aggregation(hosted(ranks, X)))
     np.testing.assert_allclose(result, reference.trimmed_mean(reference.arc(clean, 2), 2), rtol=1e-10, atol=1e-12)
-    assert aggregation.replaced == 2
+    assert aggregation.tally.means()["replaced"] == 2
     with pytest.raises(InputError, match="workers 2, 6 are not finite"):
         Aggregation(server(ranks, X), ["arc", "trimmed_mean"], 1)(hosted(ranks, X))
 

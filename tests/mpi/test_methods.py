@@ -28,6 +28,11 @@ CASES = {
     "clip21": ({"tau": 1.0, "stepsize": 0.1}, lambda: reference.clip21(GRADS, X0, K, 1.0, 0.1)),
     "clip21_sgd2m": ({"tau": 1.0, "stepsize": 0.2, "beta": 0.3, "beta_server": 0.6},
                      lambda: reference.clip21_sgd2m(GRADS, X0, K, 1.0, 0.2, 0.3, 0.6)),
+    "byz_clip21_sgd2m": ({"tau": 1.0, "stepsize": 0.2, "beta": 0.3, "beta_server": 0.6},
+                         lambda: reference.byz_clip21_sgd2m(GRADS, X0, K, 1.0, 0.2, 0.3, 0.6)),
+    "robust_dshb": ({"stepsize": 0.3, "beta": 0.6}, lambda: reference.robust_dshb(GRADS, X0, K, 0.3, 0.6)),
+    "safe_dshb": ({"tau": 2.0, "stepsize": 0.3, "beta": 0.4},
+                  lambda: reference.safe_dshb(GRADS, X0, K, 2.0, 0.3, 0.4)),
     "alpha_normec": ({"alpha": 0.5, "beta": 0.8, "stepsize": 0.1},
                      lambda: reference.alpha_normec(GRADS, X0, K, 0.5, 0.8, 0.1)),
     "alpha_normec, normalized": ({"alpha": 0.5, "beta": 0.8, "stepsize": 0.1, "normalized": True},
@@ -49,6 +54,9 @@ NOISY = {
                             lambda z: reference.clip21(GRADS, X0, K, 1.0, 0.1, noise=z, noisy_state=True)),
     "clip21_sgd2m": (CASES["clip21_sgd2m"][0],
                      lambda z: reference.clip21_sgd2m(GRADS, X0, K, 1.0, 0.2, 0.3, 0.6, noise=z)),
+    "byz_clip21_sgd2m": (CASES["byz_clip21_sgd2m"][0],
+                         lambda z: reference.byz_clip21_sgd2m(GRADS, X0, K, 1.0, 0.2, 0.3, 0.6, noise=z)),
+    "safe_dshb": (CASES["safe_dshb"][0], lambda z: reference.safe_dshb(GRADS, X0, K, 2.0, 0.3, 0.4, noise=z)),
     "alpha_normec": (CASES["alpha_normec"][0], lambda z: reference.alpha_normec(GRADS, X0, K, 0.5, 0.8, 0.1, noise=z)),
     "alpha_normec, normalized": (CASES["alpha_normec, normalized"][0],
                                  lambda z: reference.alpha_normec(GRADS, X0, K, 0.5, 0.8, 0.1, True, noise=z)),
@@ -259,7 +267,7 @@ def test_clipped_is_the_share_of_steps_that_clipped(ranks, name):
     constants, expected = CASES[name]
     xs, k = expected(), 2
     run = mpiclip.train(config(name, constants, K), ranks)
-    if name.startswith(("gd", "sgd", "alpha_normec")):
+    if name.startswith(("gd", "sgd", "alpha_normec", "robust_dshb")):
         assert "clipped" not in run.metrics
         return
     assert np.isnan(run.metrics["clipped"][0]), "no round has made x⁰"
@@ -267,11 +275,13 @@ def test_clipped_is_the_share_of_steps_that_clipped(ranks, name):
              "clip_gd, momentum": lambda: momentum_norms(xs[:k + 1], 0.4),
              "clip21": lambda: clip21_differences(k),
              "clip21_sgd2m": lambda: sgd2m_differences(xs[:k + 1]),
+             "byz_clip21_sgd2m": lambda: sgd2m_differences(xs[:k + 1]),
+             "safe_dshb": lambda: [np.linalg.norm(g(xs[k])) for g in GRADS],
              "clip21_avg": lambda: [np.linalg.norm(c) - k * 1.0 for c in CENTRE],
              "naive_parallel": lambda: [np.linalg.norm(sum(g(xs[k]) for g in GRADS) / N)] * N,
              "celgc": lambda: local_norms(xs[k])}[name]()
     bound = {"clip_gd": 2.0, "clip_gd, momentum": 2.0, "clip21": 1.0, "clip21_sgd2m": 1.0, "clip21_avg": 1.0,
-             "naive_parallel": 0.4 / 0.3, "celgc": 2.0}[name]
+             "byz_clip21_sgd2m": 1.0, "safe_dshb": 2.0, "naive_parallel": 0.4 / 0.3, "celgc": 2.0}[name]
     assert run.metrics["clipped"][k + 1] == pytest.approx(np.mean(np.array(norms) > bound))
 
 

@@ -6,6 +6,7 @@ import pytest
 from test_methods import CASES, config
 
 import mpiclip
+from mpiclip.comm import Comm
 
 K, STOP = 12, 7
 
@@ -27,6 +28,24 @@ def test_resume(ranks, folder, name, at, small, monkeypatch):
     assert resumed.x.tobytes() == whole.x.tobytes()
     for metric in ("round", "loss", "grad_norm"):
         np.testing.assert_array_equal(resumed.metrics[metric], whole.metrics[metric])
+
+
+@pytest.mark.parametrize("at", ["sharded", "rank0"])
+def test_rows_that_the_server_keeps_on_any_number_of_ranks(ranks, folder, at):
+    """Byz-Clip21-SGD2M under attack, begun on all ranks and ended by one, and the other way round: the same bytes."""
+    name, f = "byz_clip21_sgd2m", 1
+    job = config(name, CASES[name][0], K)
+    job |= {"aggregate": {"rules": ["trimmed_mean"], "f": f, "at": at, "attack": {"name": "sign_flip"}},
+            "run": {**job["run"], "workers": job["run"]["workers"] + f}}
+    begun = {**job, "run": {**job["run"], "rounds": STOP}}
+    whole = mpiclip.train(job, ranks).x
+    mpiclip.train(begun, ranks, folder / "together")
+    if ranks.rank == 0:
+        mpiclip.train(begun, Comm(), folder / "alone")
+        alone = mpiclip.resume(folder / "together", [f"run.rounds={K}"], Comm()).x
+        assert alone.tobytes() == whole.tobytes()
+    ranks.barrier()
+    assert mpiclip.resume(folder / "alone", [f"run.rounds={K}"], ranks).x.tobytes() == whole.tobytes()
 
 
 def test_fewer_coordinates_than_ranks(ranks, folder, monkeypatch):
