@@ -25,6 +25,7 @@ test: .venv/tested
 
 bench: .venv/installed
 	$(BIN)/mpiclip bench kernels
+	$(BIN)/mpiclip bench rules
 	$(BIN)/mpirun -n 2 $(BIN)/mpiclip bench exchange
 
 lint: .venv/tested

@@ -92,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
 
     data = verbs.add_parser("data", help="Import and describe data sets.").add_subparsers(required=True, metavar="VERB")
     new = verb(data_import, "import", within=data)
-    new.add_argument("sources", nargs="+", metavar="SOURCE", help="LIBSVM text, npz, csv, idx; also .gz, .bz2, .xz")
+    new.add_argument("sources", nargs="+", metavar="SOURCE", help="LIBSVM text, npz, csv, idx, cifar; also .gz, .bz2, "
+                                                                  ".xz")
     new.add_argument("dest", metavar="DEST.h5")
     new.add_argument("--format", help="default: guessed from the name, then from the content")
     new.add_argument("--test", nargs="+", default=[], metavar="SOURCE", help="the test rows")
@@ -118,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
                                                                     "the models only")
     new.add_argument("--json", action="store_true", help="for programs")
     new = verb(bench, "bench")
-    new.add_argument("what", choices=["kernels", "exchange"])
+    new.add_argument("what", choices=["kernels", "exchange", "rules"])
     new.add_argument("--json", action="store_true", help="for programs")
     verb(doctor, "doctor")
     return top
@@ -223,7 +224,7 @@ def privacy(args) -> None:
 
 
 def bench(args) -> None:
-    """Check the compiled kernels or the exchange, then time them against this machine's own limits."""
+    """Check the compiled kernels, the exchange or the robust rules, then time them against this machine's limits."""
     from .bench import bench
     bench(args.what, args.json)
 

@@ -1,49 +1,65 @@
-"""Check, then time: the kernels against the machine's own memory limit, the exchange against a bare all-reduce.
+"""Check, then time: the kernels against the machine's own memory limit, the exchange against a bare all-reduce, robust
+rules against other libraries'.
 
-Everything that is compared runs in turn in one process, and medians are compared: machines are noisy, ratios less."""
+Everything that is compared runs in turn, and medians are compared: machines are noisy, ratios less."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
 import json
+import multiprocessing
+import os
 import platform
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 from itertools import count
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-from . import device, methods, ops
-from .aggregation import Aggregation
+from . import columns, device, methods, ops
+from .aggregation import Aggregation, aggregate
 from .comm import Comm, world
 from .errors import InputError
 from .noise import add_noise, keys
+from .peers import PEERS
+from .rows import Rows
+from .rules import RULES, Chain
 from .server import Server
 from .streams import stream
 from .version import __version__
 from .workers import Workers
 
+TO_THE_LIMIT = "milliseconds are medians, ratios are to the limit in the same line"
+VERBS = {"kernels": TO_THE_LIMIT, "exchange": TO_THE_LIMIT,
+         "rules": "milliseconds are medians; ratio: the fastest other library's time / ours; bandwidth: the share of "
+                  "the memory's reading speed; memory: the peak beside the rows / the rows"}
+
 
 def bench(what: str, as_json: bool = False) -> None:
-    """`mpiclip bench kernels|exchange`: print a table, or JSON with machine and versions. InputError where the thing
-    to be timed is not here."""
+    """`mpiclip bench kernels|exchange|rules`: print a table, or JSON with machine and versions. InputError where the
+    thing to be timed is not here."""
     comm = world()
     device.set_threads(comm.threads)
-    rows = {"kernels": kernels, "exchange": exchange}[what](comm)
+    timed: dict[str, Callable[[Comm], Iterable[dict]]] = {"kernels": kernels, "exchange": exchange, "rules": rules}
+    rows = timed[what](comm)
     if comm.rank:
         return
     if as_json:
         print(json.dumps({"what": what, "machine": platform.platform(), "version": __version__, "numpy": np.__version__,
-                          "ranks": comm.size, "threads": comm.threads, "rows": rows}, indent=1))
+                          "ranks": comm.size, "threads": comm.threads, "rows": list(rows)}, indent=1))
     else:
         print(f"{comm.size} rank{'s' * (comm.size > 1)}, {comm.threads} thread{'s' * (comm.threads > 1)} each; "
-              "milliseconds are medians, ratios are to the limit in the same line")
+              f"{VERBS[what]}")
         for row in rows:
             print("  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{value}"
-                            for name, value in row.items()))
+                            for name, value in row.items()), flush=True)
 
 
 def race(entrants: dict[str, Callable], comm: Comm, seconds: float = 2.0) -> dict[str, float]:
@@ -185,8 +201,8 @@ def _lines(d: int, result: dict[str, float], limits: dict[str, float]) -> list[d
 
 def exchange(comm: Comm) -> list[dict]:
     """The mean of a float32 vector from every rank, through MPI as all-reduce and as column exchange, and on the board
-    in shared memory; and a whole Clip21 round but for the gradient: milliseconds, and the ratio to a bare MPI_Allreduce
-    of the same bytes."""
+    in shared memory; a whole Clip21 round but for the gradient; and robust aggregation of one vector a rank, by three
+    ranks or more: milliseconds, and the ratio to a bare MPI_Allreduce of the same bytes."""
     if comm.size == 1:
         raise InputError("bench exchange: one rank exchanges nothing; start it with mpirun -n 2 (or more)")
     return [line for d in (123, 10**4, 10**5, 10**6, 10**7) for line in _exchange(comm, d)]
@@ -209,8 +225,24 @@ def _exchange(comm: Comm, d: int) -> list[dict]:
     chosen = new()
     result = race({"MPI_Allreduce": lambda: comm.mpi.Allreduce(g_i[0], total),
                    **{name: partial(lambda s: s.join(s.mean(s.mine)), server) for name, server in servers.items()},
-                   "Clip21 round": _clip21_round(chosen, chosen.mine)}, comm)
+                   "Clip21 round": _clip21_round(chosen, chosen.mine),
+                   **_robust_rounds(servers)}, comm)
     return _lines(d, result, dict.fromkeys(result, result["MPI_Allreduce"]))
+
+
+ROBUST = ["arc", "nnm", "trimmed_mean"]
+
+
+def _robust_rounds(servers: dict[str, Server]) -> dict[str, Callable]:
+    """Robust aggregation of the ranks' vectors with columns split over them, on the board and through MPI; f is 1 of
+    three or four ranks, 2 of five."""
+    rounds: dict[str, Callable] = {}
+    for name, through in (("robust, board, sharded", "mean, board, sharded"), ("robust, MPI", "mean, MPI exchange")):
+        server = servers[through]
+        if server.n > 2:
+            aggregation = Aggregation(server, ROBUST, (server.n - 1) // 2)
+            rounds[name] = partial(lambda a: a.server.join(a(a.server.mine)), aggregation)
+    return rounds
 
 
 def _clip21_round(server: Server, g_i) -> Callable:
@@ -229,3 +261,239 @@ def _clip21_round(server: Server, g_i) -> Callable:
         method.round(None, s, workers, aggregate)
         server.join(s.x)
     return round
+
+
+# ---- rules
+
+MIXED = "nnm, the mixed rows"       # as other libraries give them: a step that a chain of ours does not take
+CHAINS: dict[str, list[str]] = {
+    "mean": ["mean"], "median": ["median"], "trimmed_mean": ["trimmed_mean"],
+    "mean_around_median": ["mean_around_median"], "geometric_median": ["geometric_median"], "krum": ["krum"],
+    "multi_krum": ["multi_krum"], "mda": ["mda"], "monna": ["monna"], "centered_clipping": ["centered_clipping"],
+    "caf": ["caf"], "smea": ["smea"], MIXED: ["nnm"], "nnm + mean": ["nnm", "mean"],
+    "arc + trimmed_mean": ["arc", "trimmed_mean"],
+    "nnm + geometric_median": ["nnm", "geometric_median"], "arc + nnm + trimmed_mean": ["arc", "nnm", "trimmed_mean"]}
+SIZES = ((20, 4, 10**6), (64, 12, 10**6))       # n rows, of which f may be anything, d coordinates
+TURNS, ENOUGH = 9, 4.0              # turns of a match; whoever has run for so many seconds has had enough of them
+SLOW, LIMIT = 20.0, 60.0            # seconds of a call: run once only; given up
+
+
+def rules(comm: Comm) -> Iterator[dict]:
+    """Every rule, and chains of rules, on n = 20 and 64 float32 rows with d = 10⁶: milliseconds, the ratio to the
+    fastest other library that is installed, the share of the memory's reading speed, peak memory beside the rows."""
+    if comm.size > 1:
+        raise InputError("bench rules: it takes one process; start it without mpirun", agreed=True)
+    gpu = device.cupy()
+    _check_rules(np)
+    if gpu is not None:
+        _check_rules(gpu)
+    return (row for size in SIZES for where in (["cpu", "cuda"] if gpu else ["cpu"])
+            for row in _matches(where, *size, comm.threads))
+
+
+def _check_rules(xp) -> None:
+    """The compiled kernels in float32 against their definitions, and every chain against itself, in float64."""
+    n, f, _ = SIZES[0]
+    X = xp.asarray(_vectors(n, f, 4099))
+    E, W = X[:2] + 1, stream(0, "bench", 1).standard_normal((n, n + 2)) / n
+    exact = (X.astype(np.float64), E.astype(np.float64), W)
+    for rule, constants in ((columns.median, ()), (columns.trimmed_mean, (f,)), (columns.mean_around_median, (f,)),
+                            (columns.deviation, ())):
+        _close(rule.__name__, rule(X, *constants, E=E, W=W),
+               rule.definition(exact[0], *constants, E=exact[1], W=W))      # type: ignore[attr-defined]
+    _close("combine", columns.combine(X, W[0], E), columns.combine.definition(exact[0], W[0], exact[1]))
+    _close("gram", columns.gram(X, E), columns.gram.definition(*exact[:2]))
+    for label, names in CHAINS.items():
+        _close(label, aggregate(X, names, f), aggregate(exact[0], names, f))
+
+
+def _close(name: str, found, expected) -> None:
+    found, expected = device.host(found), device.host(expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * abs(expected).max(), err_msg=name)
+
+
+def _vectors(n: int, f: int, d: int) -> np.ndarray:
+    """(n, d) float32: normal rows of different lengths about one point, the last f of them 3 to 30 times as long"""
+    random = stream(0, "bench")
+    X = random.standard_normal((n, d), np.float32)
+    X += 0.5 * random.standard_normal(d, np.float32)
+    X *= np.append(np.ones(n - f), np.linspace(3, 30, f)).astype(np.float32)[:, None]
+    X *= random.uniform(0.5, 2, (n, 1)).astype(np.float32)
+    return X
+
+
+def _matches(where: str, n: int, f: int, d: int, threads: int) -> Iterator[dict]:
+    """A line for each chain, from a match of ours against the others."""
+    us = Player(f"mpiclip, {where}", n, f, d, threads)
+    others = [Player(name, n, f, d, threads) for name in (PEERS if where == "cpu" else ())]
+    try:
+        for label in CHAINS:
+            if label in us.labels:
+                yield {"what": f"{label:24}", "where": where, "n": float(n), "f": float(f), "d": float(d),
+                       **_match(us, others, label)}
+    finally:
+        for player in (us, *others):
+            player.end()
+
+
+def _match(us: Player, others: list[Player], label: str) -> dict:
+    """All that know this chain apply it in turn; the first call of each warms up, and is where memory is measured."""
+    players = {"ours": us} | {player.name: player for player in others if label in player.labels}
+    times: dict[str, list[float]] = {}
+    memory, notes, reading = {}, [], []
+    for name, player in players.items():
+        seconds, memory[name], failed = player.call(label, memory=True)
+        times[name] = [seconds] if seconds > SLOW else []
+        notes += [f"{name}: {failed}"] if failed else []
+    running = [name for name in players if not times[name]]
+    for _ in range(TURNS):
+        reading.append(us.call("read")[0])
+        for name in running:
+            if sum(times[name]) < ENOUGH:
+                times[name].append(players[name].call(label)[0])
+    ms = {name: 1000 * median(spent) for name, spent in times.items() if np.isfinite(spent).all()}
+    if "ours" not in ms:
+        return {"note": "; ".join(notes)}
+    theirs = {name: value for name, value in ms.items() if name != "ours"}
+    return {"ms": ms["ours"], **theirs, **({"ratio": min(theirs.values()) / ms["ours"]} if theirs else {}),
+            "bandwidth": 1000 * median(reading) / ms["ours"], "memory": memory["ours"],
+            **({"others' memory": min(memory[name] for name in theirs)} if theirs else {}),
+            **({"note": "; ".join(notes)} if notes else {})}
+
+
+class Player:
+    """A process in which one library applies rules to the same rows as the others: it can be given up, and its peak
+    memory is its own. name: "mpiclip, cpu", "mpiclip, cuda", or one of PEERS."""
+
+    def __init__(self, name: str, n: int, f: int, d: int, threads: int):
+        self.name, self._arguments = name, (name, n, f, d, threads)
+        self._start()
+
+    def _start(self) -> None:
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[variable] = str(self._arguments[-1])     # read when the libraries are loaded
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_play, args=(theirs, *self._arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The chains that it knows; asked for once it is there."""
+        return self._pipe.recv()
+
+    def call(self, label: str, memory: bool = False) -> tuple[float, float, str]:
+        """(seconds, peak memory beside the rows / the rows' own if that is wanted, ""); (inf, inf, why it failed)."""
+        self._pipe.send((label, memory))
+        try:
+            if self._pipe.poll(LIMIT):
+                return self._pipe.recv()
+            why = f"given up after {LIMIT:g} s"
+        except (EOFError, ConnectionResetError):
+            why = "the process was killed"
+        self.end()
+        self._start()
+        self._pipe.recv()
+        return np.inf, np.inf, why
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _play(pipe, name: str, n: int, f: int, d: int, threads: int) -> None:
+    """The life of a Player's process: chains come by the pipe, seconds and memory go back."""
+    device.set_threads(threads)
+    X = _vectors(n, f, d)
+    if name in PEERS:
+        calls, prepare = _their_chains(name, n, f, threads)
+    else:
+        X, calls = _our_chains(name, X, n, f)
+        prepare = lambda X: X       # noqa: E731    ours does not write into what it is handed
+    gc.freeze()                     # else a collection takes longer than some rules
+    pipe.send(list(calls))
+    while True:
+        try:
+            label, memory = pipe.recv()
+        except EOFError:            # the other end is no more
+            return
+        try:
+            pipe.send((*_measured(calls[label], prepare(X), X.nbytes, memory), ""))
+        except (MemoryError, RuntimeError) as error:
+            pipe.send((np.inf, np.inf, f"{type(error).__name__} {error}".splitlines()[0][:80]))
+
+
+def _our_chains(name: str, X, n: int, f: int) -> tuple[Any, dict[str, Callable]]:
+    """The rows, where we compute, and label → rows → aggregate; and "read", which reads (or copies) as many bytes."""
+    calls: dict[str, Callable] = {}
+    for label, names in CHAINS.items():
+        try:
+            Chain(names, f, n)
+            calls[label] = lambda X, names=names: aggregate(X, names, f)
+        except InputError:          # a rule that is not made for so many rows
+            continue
+    if MIXED in calls:
+        calls[MIXED] = lambda X: RULES["nnm"](Rows(X), f).columns()
+    gpu = device.cupy() if name == "mpiclip, cuda" else None
+    X = X if gpu is None else gpu.asarray(X)
+    for call in calls.values():     # loads what is loaded at first use, which is no memory of the rules
+        call(X[:, :999])
+    if gpu is not None:
+        spare = gpu.empty_like(X[:n // 2])
+        calls["read"] = lambda X: gpu.copyto(spare, X[:n // 2])
+    elif device.compiled():
+        from .kernels import cpu
+        calls["read"] = lambda X: cpu.limit_read(X[:n // 2].ravel(), X[n // 2:].ravel())
+    else:
+        calls["read"] = lambda X: X.max()
+    return X, calls
+
+
+def _their_chains(name: str, n: int, f: int, threads: int) -> tuple[dict[str, Callable], Callable]:
+    import resource
+
+    import torch
+    peer = PEERS[name](n, f)
+    torch.set_num_threads(threads)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (free, free))        # who wants more than there is gets an error
+    chains = {label: peer.chain(names) for label, names in CHAINS.items()}
+    return {label: chain for label, chain in chains.items() if chain is not None}, peer.prepare
+
+
+def _measured(call: Callable, rows, size: int, memory: bool) -> tuple[float, float]:
+    """(seconds, peak memory of the call beside what was there before / size, NaN unless it is asked for). On the GPU,
+    of CuPy's pool; else of this process as Linux counts it, arrays of C libraries included; NaN on other systems."""
+    gpu: Any = None if isinstance(rows, list) or device.xp(rows) is np else device.xp(rows)
+    before = _used(gpu, "VmRSS") if memory else np.nan
+    start = perf_counter()
+    result = call(rows)
+    if gpu is not None:
+        gpu.cuda.get_current_stream().synchronize()
+    seconds = perf_counter() - start
+    del result
+    return seconds, ((_used(gpu, "VmHWM") if memory else np.nan) - before) / size
+
+
+def _used(gpu, which: str) -> float:
+    """Bytes that CuPy's pool has, or `resident` ones; for VmRSS what is free is given back before."""
+    if gpu is None:
+        return resident(which, settle=which == "VmRSS")
+    if which == "VmRSS":
+        gpu.get_default_memory_pool().free_all_blocks()
+    return gpu.get_default_memory_pool().total_bytes()
+
+
+def resident(which: str, settle: bool = False) -> float:
+    """Bytes of this process that are in memory now (VmRSS), or were at most (VmHWM) since it settled, which is to give
+    freed memory back."""
+    try:
+        if settle:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(which))
+    except (OSError, AttributeError, StopIteration):
+        return np.nan
