@@ -573,6 +573,7 @@ def test_buckets_are_dealt_anew():
     (["bucketing", "median"], 9, 3, ["'median' is handed n = 5 rows", "n > 2f"]),
     (["nnm", "bucketing", "bucketing", "krum"], 9, 2, ["'krum' is handed n = 3 rows"]),
     ([{"name": "monna", "pivot": 5}], 5, 1, ["'monna'", "pivot < n"]),
+    ([{"name": "monna", "pivot": -1}], 5, 1, ["monna.pivot = -1", "greater than or equal to 0"]),
     (["bucketing", {"name": "monna", "pivot": 3}], 5, 1, ["'monna' is handed n = 3 rows", "pivot < n"]),
     (["mda"], 100, 33, ["'mda'", "n = 100", "f ≤ 32"]),
     (["arc", "smea"], 64, 12, ["'smea'", "n = 64", "n choose f ≤ 200000"]),

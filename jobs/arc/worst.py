@@ -21,7 +21,7 @@ options.add_argument("sweep", type=Path, nargs="+")
 args = options.parse_args()
 
 ATTACK = "aggregate.attack.name"
-runs, unfinished = [], 0                                    # (config, the best accuracy)
+runs, unfinished = [], []                                   # (config, the best accuracy); configs
 for file in sorted(file for folder in args.sweep for file in folder.rglob("run.h5")):
     try:
         header, lines = record.read(file.parent)
@@ -33,15 +33,15 @@ for file in sorted(file for folder in args.sweep for file in folder.rglob("run.h
     if len(lines) and lines["round"][-1] >= config["run.rounds"]:
         runs.append((config, float(np.nanmax(lines["accuracy"]))))
     else:
-        unfinished += 1
+        unfinished.append(config)
 if unfinished:
-    print(f"worst.py: {unfinished} unfinished runs are left out", file=sys.stderr)
+    print(f"worst.py: {len(unfinished)} unfinished runs are left out", file=sys.stderr)
 if not runs:
     sys.exit(f"worst.py: {', '.join(map(str, args.sweep))}: no finished runs there; expected a folder that `mpiclip "
              "sweep` wrote")
 fixed = [key for key in varying([config for config, _ in runs]) if key != "run.seed" and not key.startswith(
     "aggregate.attack")]
-attacks = sorted({config.get(ATTACK, "none") for config, _ in runs})
+attacks = sorted({config.get(ATTACK, "none") for config in [*unfinished, *(config for config, _ in runs)]})
 cells: dict[tuple, list[float]] = defaultdict(list)
 for config, best in runs:
     row = tuple(setting(key, config[key]) for key in fixed if key in config)
