@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -112,22 +113,23 @@ class Aggregation:
         """What the rules see: finite rows, those of the Byzantine workers as the attack makes them, added to `onto`;
         and which of them were not finite, (n,) bool."""
         f = self.chain.f if self.chain.links else 0         # a mean tolerates none
+        checked = partial(without_non_finite, f=f, where=f"round {self.round}: ")
         if self.attack:                     # what Byzantine workers would have sent is nobody's business
             last = np.flatnonzero(~self.byzantine)[-1] + 1
             rows = Rows(rows.X[:last], rows.total, np.diag(~self.byzantine * 1.0)[:, :last])
-        rows, bad = without_non_finite(rows, f)
+        rows, bad = checked(rows)
         if self.attack:
             name, constants = self.attack
             if f"attack_{name}" in self.lasting:
                 constants = constants | {"memory": self.lasting[f"attack_{name}"]}
             scene = Scene(self, onto, scale)
-            rows, bad = without_non_finite(ATTACKS[name](rows, self.byzantine, scene, **constants), f, bad)
+            rows, bad = checked(ATTACKS[name](rows, self.byzantine, scene, **constants), before=bad)
         if onto is not None:
             for kept, w in zip(onto, np.eye(rows.n), strict=True):
                 sent = rows.combine(w)
                 sent *= sent.dtype.type(scale)              # no third array: pages cost more than sums
                 kept += sent
-            rows, bad = without_non_finite(Rows(onto, rows.total), f, bad)
+            rows, bad = checked(Rows(onto, rows.total), before=bad)
         return rows, bad
 
     def _random(self) -> np.random.Generator:
@@ -152,7 +154,6 @@ class Scene:
         self._of, self._onto, self._scale = aggregation, onto, scale
         self._ideal: Any = None                             # the honest workers' mean, as the rules see them
         self.round = aggregation.round
-        self.random = stream(aggregation.seed, "attack", round=aggregation.round, step=aggregation.call)
 
     def harm(self, rows: Rows) -> float:
         """‖F(rows) − the honest workers' mean‖₂ if these rows are sent, F being the rules in use: the same on every
@@ -184,13 +185,16 @@ class Scene:
         return server.device.put(total.astype(server.dtype))
 
 
-def without_non_finite(rows: Rows, f: int, before: np.ndarray | None = None) -> tuple[Rows, np.ndarray]:
+def without_non_finite(rows: Rows, f: int, before: np.ndarray | None = None,
+                       where: str = "") -> tuple[Rows, np.ndarray]:
     """The rows with those that are not finite replaced by zeros, and which these are, (n,) bool: each counts as one of
-    the f, and so do those that were replaced `before`. Raises InputError, on every rank, if there are more than f."""
+    the f, and so do those that were replaced `before`. Raises InputError, on every rank, if there are more than f; it
+    begins with `where`."""
     found = ~rows.finite()
     bad = found if before is None else found | before
     if bad.sum() > f:
-        raise InputError(f"the vectors of workers {', '.join(map(str, np.flatnonzero(bad)))} are not finite, more than "
+        workers = ", ".join(map(str, np.flatnonzero(bad)))
+        raise InputError(f"{where}the vectors of workers {workers} are not finite, more than "
                          f"{f'aggregate.f = {f}' if f else 'a mean, or aggregate.f = 0,'} tolerates", agreed=True)
     return rows.without(found), bad
 

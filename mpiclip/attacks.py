@@ -35,7 +35,6 @@ class Scene(Protocol):
     """What an attacker who knows everything sees beside the rows. Vectors are this rank's columns of them."""
 
     round: int                                  # the number of the round
-    random: np.random.Generator                 # of the run's seed and the round: the same on every rank
 
     def harm(self, rows: Rows) -> float:
         """‖F(rows) − the honest workers' mean‖₂ if these rows are sent, F being the rules in use: the same on every

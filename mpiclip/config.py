@@ -173,8 +173,10 @@ def _check_together(config: Config, where: str) -> None:
                 raise InputError(f"{where}: data.{key}: the split '{data.split}' {verb} it")
     if run.batch != "full" and run.batch < 1:
         raise InputError(f"{where}: run.batch = {run.batch}: expected \"full\", or at least 1 row per worker")
-    if run.batch != "full" and config.problem.name == "quadratic":
-        raise InputError(f"{where}: run.batch = {run.batch}: 'quadratic' has no rows to draw from; expected \"full\"")
+    for key, asked, usual in (("batch", run.batch, "full"), ("eval_rows", run.eval_rows, "all")):
+        if asked != usual and config.problem.name == "quadratic":
+            raise InputError(f"{where}: run.{key} = {asked}: 'quadratic' has no rows to draw from; expected "
+                             f"\"{usual}\"")
     if agg.attack is not None:
         name, _ = records.named(attacks.ATTACKS, agg.attack, f"{where}: aggregate.attack", attacks.GIVEN)
         if agg.f == 0:
@@ -238,6 +240,9 @@ def _check_privacy(config: Config, where: str) -> None:
     if privacy.against == "model" and (agg.rules or agg.attack):
         raise InputError(f"{where}: privacy.against = 'model': only in a mean of all workers' messages their noise "
                          "adds up; expected no aggregate.rules and no aggregate.attack")
+    if agg.attack is not None and attacks.FACTS[agg.attack["name"]].flips:
+        raise InputError(f"{where}: aggregate.attack = {agg.attack['name']}: sends a gradient of the honest workers' "
+                         "rows without noise; expected another attack, or no method.sigma and no method.epsilon")
     for key in ("tau", "stepsize"):
         value = getattr(method, key, None)
         if not isinstance(value, int | float | None):

@@ -291,12 +291,18 @@ def _gram(D: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def _negative(A: np.ndarray) -> np.ndarray:
-    """How many negative eigenvalues symmetric matrices have, by elimination. A: (k, k, number), overwritten."""
-    count = np.zeros(A.shape[2], int)
-    for j in range(len(A)):
-        count += A[j, j] < 0
-        for i in range(j + 1, len(A)):
-            A[i:, i] -= A[i, j] / A[j, j] * A[i:, j]
+    """How many negative eigenvalues symmetric matrices have: by elimination, or, where a pivot is next to nothing, as
+    it is for rows that are tied, by the eigenvalues. A: (k, k, number)"""
+    whole, A = A, A.copy()
+    count, lost = np.zeros(A.shape[2], int), np.zeros(A.shape[2], bool)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        for j in range(len(A)):
+            count += A[j, j] < 0
+            lost |= ~(np.abs(A[j, j]) > 1e-7 * np.abs(A[j:, j]).max(0))
+            for i in range(j + 1, len(A)):
+                A[i:, i] -= A[i, j] / A[j, j] * A[i:, j]
+    if lost.any():
+        count[lost] = (np.linalg.eigvalsh(np.moveaxis(whole[:, :, lost], 2, 0)) < 0).sum(1)
     return count
 
 

@@ -85,7 +85,7 @@ class Server:
         """All n workers' vectors, this rank's columns of them, until `release`. u_i: (w, d), this rank's workers."""
         start = perf_counter()
         X = u_i if self.comm.size == 1 else self._posted(u_i) if self._board is not None else self._transpose(u_i)
-        result = Rows(X, np.asarray if self.at == "replicated" else self.comm.total)
+        result = Rows(X, self.total)
         self.comm.seconds += perf_counter() - start
         return result
 
@@ -122,12 +122,18 @@ class Server:
     def dot(self, part, other) -> float:
         """⟨u, v⟩ of two server vectors, the same on every rank. part, other: this rank's columns of them."""
         product = float(host(xp(part).dot(part.astype(np.float64), other.astype(np.float64))))
-        return product if self.at == "replicated" else float(self.comm.total(product))
+        return float(self.total(product))
 
     def norm(self, part) -> float:
         """‖u‖₂ of a server vector, the same on every rank. part: this rank's columns of it."""
         square = float(host(ops.norms(part))) ** 2
-        return (square if self.at == "replicated" else float(self.comm.total(square))) ** 0.5
+        return float(self.total(square)) ** 0.5
+
+    def total(self, values) -> np.ndarray:
+        """The sum of a small float64 array over all columns, the same on every rank. values: of this rank's columns.
+        Where only rank 0 is trusted, nobody else has a say in it."""
+        return {"sharded": self.comm.total, "rank0": self.comm.same, "replicated": lambda own: own}[self.at](
+            np.asarray(values, np.float64))
 
     # ---- how they are made
 

@@ -7,6 +7,7 @@ import pytest
 
 import mpiclip
 import reference
+from mpiclip import data as data_file
 from mpiclip.aggregation import Aggregation
 from mpiclip.attacks import ATTACKS, worst
 from mpiclip.comm import Comm
@@ -152,6 +153,11 @@ def test_every_worker_that_is_not_finite_counts_once(name, also, f):
     assert aggregation.tally.means()["replaced"] == also + F
 
 
+def test_a_mean_tolerates_no_row_that_is_not_finite():
+    with pytest.raises(mpiclip.InputError, match="workers 7, 8 are not finite, more than a mean"):
+        robust({"name": "nan"}, [])(data())
+
+
 def test_suspicion_is_the_mean_distance_to_the_aggregate():
     aggregation, expected = robust({"name": "ipm"}, ["arc", "median"], suspect=True), np.zeros(N)
     before = aggregation.tally.means(N)
@@ -220,6 +226,18 @@ def test_flipped_labels(tmp_path):
     np.testing.assert_allclose(mpiclip.train(job).x, W.ravel(), rtol=1e-10, atol=1e-12)
     with pytest.raises(mpiclip.InputError, match="label_flip: sends a gradient, but workers of 'clip21' send"):
         mpiclip.train(job | {"method": {"name": "clip21", "tau": 1, "stepsize": 0.5}})
+    with pytest.raises(mpiclip.InputError, match="label_flip: sends a gradient of the honest workers' rows without"):
+        mpiclip.train(job | {"method": {"name": "clip_gd", "tau": 1, "stepsize": 0.5, "sigma": 1, "delta": 1e-5}})
+
+
+def test_nobody_is_left(tmp_path):
+    """More liars than workers are refused before any rows are dealt out to the honest ones."""
+    data_file.write(tmp_path / "data.h5", ["made"], (np.eye(6), np.arange(6.0)))
+    for f in (4, 9):
+        with pytest.raises(mpiclip.InputError, match=f"^aggregate.f: {f} of 4 workers"):
+            mpiclip.train({"data": {"file": str(tmp_path / "data.h5")}, "problem": {"name": "softmax"},
+                           "method": {"name": "gd", "stepsize": 0.5}, "run": {"workers": 4},
+                           "aggregate": {"f": f, "attack": {"name": "zeros"}}})
 
 
 @pytest.mark.parametrize("attack, f, message", [

