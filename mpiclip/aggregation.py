@@ -117,6 +117,8 @@ class Aggregation:
         if self.attack:                     # what Byzantine workers would have sent is nobody's business
             last = np.flatnonzero(~self.byzantine)[-1] + 1
             rows = Rows(rows.X[:last], rows.total, np.diag(~self.byzantine * 1.0)[:, :last])
+        elif self.chain.measures and onto is None:
+            rows.measure()
         rows, bad = checked(rows)
         if self.attack:
             name, constants = self.attack
@@ -129,7 +131,10 @@ class Aggregation:
                 sent = rows.combine(w)
                 sent *= sent.dtype.type(scale)              # no third array: pages cost more than sums
                 kept += sent
-            rows, bad = checked(Rows(onto, rows.total), before=bad)
+            rows = Rows(onto, rows.total)
+            if self.chain.measures:
+                rows.measure()
+            rows, bad = checked(rows, before=bad)
         return rows, bad
 
     def _random(self) -> np.random.Generator:
@@ -222,7 +227,10 @@ def aggregate(X, rules: Sequence[Any], f: int = 0, comm=None, seed: int = 0, mem
     if ranks.size > 1:
         device = Device("cpu") if xp(X) is np else Device("cuda", X.device.id)
         server = Server(ranks, X.shape[1], n, len(X), device, X.dtype, means_only=False)
-    rows, _ = without_non_finite(server.rows(X) if server else Rows(X), f)
+    rows = server.rows(X) if server else Rows(X)
+    if chain.measures:
+        rows.measure()
+    rows, _ = without_non_finite(rows, f)
     memory = {} if memory is None else memory
     for name in chain.lasting:
         memory.setdefault(name, xp(X).zeros_like(rows.X[0]))

@@ -11,6 +11,7 @@ from . import columns, ops
 from .device import host, xp
 
 TINY = np.finfo(np.float64).tiny
+HUGE = 16               # times the median length
 LONGEST = 1e150         # a longer row counts as not finite: squared distances of any two others are numbers
 
 
@@ -131,6 +132,17 @@ class Rows:
         known = {"lengths": np.where(keep, self._lengths(), 0)}
         return Rows(X, self.total, W, E, known, self.counts)
 
+    def measure(self) -> None:
+        """Norms and inner products in one pass over the data, for rules that will want the latter, unless rows are huge
+        or not finite. Norms are then as right as the Gram matrix: of float32 rows to 1e-7."""
+        if self.W is not None or self._known:
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            one, G = np.ones(self.n), self.total(columns.gram(self.X))
+            squares = np.diag(G)[:-1] + 2 * G[:-1, -1] + G[-1, -1]
+        if (squares > 0).all() and squares.max() <= min(HUGE**2 * np.median(squares), LONGEST**2):
+            self._known |= {"lengths": np.sqrt(squares), "basis": (one, one, G)}
+
     def _lengths(self) -> np.ndarray:
         """The norms of the rows of B, computed once, whatever has been mixed since."""
         if "lengths" not in self._known:
@@ -148,7 +160,7 @@ class Rows:
         if "basis" not in self._known:
             norm, m = self._lengths(), len(self.X)
             usual = np.median(norm[:m])
-            huge = (norm > 16 * usual) & (usual > 0)
+            huge = (norm > HUGE * usual) & (usual > 0)
             s = np.where(huge, np.exp2(np.floor(np.log2(max(usual, TINY) / np.where(huge, norm, 1)))), 1.0)
             c = np.full(len(s), float(usual > 0))       # where most rows are 0, so is what they have in common
             if self.E is not None and usual > 0:

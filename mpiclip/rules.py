@@ -43,12 +43,14 @@ _FACTS: dict[str, Facts] = {}           # what a chain has to know of it
 @dataclass(frozen=True)
 class Facts:
     """Of a rule: which of GIVEN it wants; its condition, holds(n, f, **constants), and the same for people; the number
-    of rows that it makes of n, gives(n, **constants), or None, where it makes one vector."""
+    of rows that it makes of n, gives(n, **constants), or None, where it makes one vector; whether it measures inner
+    products or distances of all pairs."""
 
     wants: frozenset[str]
     needs: str = "n > 2f"
     holds: Callable[..., bool] = lambda n, f, **constants: n > 2 * f
     gives: Callable[..., int] | None = None
+    measures: bool = False
 
 
 def rule(function: Callable | None = None, **facts: Any) -> Any:
@@ -60,9 +62,10 @@ def rule(function: Callable | None = None, **facts: Any) -> Any:
     return function
 
 
-def pre_aggregation(function: Callable | None = None, *, gives: Callable[..., int] = lambda n, **constants: n) -> Any:
+def pre_aggregation(function: Callable | None = None, *, gives: Callable[..., int] = lambda n, **constants: n,
+                    **facts: Any) -> Any:
     """Make a function a rule that stands before another: it makes gives(n, **constants) rows of n."""
-    return rule(function, gives=gives)
+    return rule(function, gives=gives, **facts)
 
 
 # ---- coordinate by coordinate
@@ -120,7 +123,7 @@ def _shorten(rows: Rows, norm: np.ndarray, C: float) -> Rows:
     return rows.mix(np.diag(C / np.maximum(norm, max(C, TINY))))
 
 
-@pre_aggregation
+@pre_aggregation(measures=True)
 def nnm(rows: Rows, f: int) -> Rows:
     """Nearest-neighbour mixing: every row becomes the mean of the n − f rows nearest to it, itself included.
     Allouah et al. (2023), "Fixing by mixing", arXiv:2302.01772, Algorithm 2."""
@@ -144,7 +147,7 @@ def bucketing(rows: Rows, f: int, *, s: Some = 2, random: np.random.Generator) -
 # ---- some of the rows
 
 
-@rule
+@rule(measures=True)
 def krum(rows: Rows, f: int):
     """The row whose n − f − 1 nearest others are nearest: the smallest sum of squared distances. Blanchard et al.
     (2017), arXiv:1703.02757, who sum over one neighbour less, n − f − 2, and want n > 2f + 2; this is how Allouah et
@@ -152,7 +155,7 @@ def krum(rows: Rows, f: int):
     return _mean_of(rows, _lowest(_scores(rows, f), 1))
 
 
-@rule
+@rule(measures=True)
 def multi_krum(rows: Rows, f: int):
     """The mean of the n − f rows with Krum's lowest scores. Blanchard et al. (2017), arXiv:1703.02757, with Krum's
     scores as above."""
@@ -188,7 +191,8 @@ def _mean_of(rows: Rows, kept):
     return rows.combine(w)
 
 
-@rule(needs="f ≤ 32", holds=lambda n, f: f <= 32)       # _cover's branches: hundreds in practice, 1.47^f at worst
+# _cover has hundreds of branches in practice, 1.47^f at worst
+@rule(needs="f ≤ 32", holds=lambda n, f: f <= 32, measures=True)
 def mda(rows: Rows, f: int):
     """Minimum-diameter averaging: the mean of the n − f rows whose largest distance is smallest; of several such sets
     the first, in the order of their indices. El Mhamdi et al. (2020), arXiv:1905.03853.
@@ -241,7 +245,7 @@ def _cover(edges: list[int], alive: int, k: int) -> int | None:
     return None
 
 
-@rule(needs="n choose f ≤ 200000", holds=lambda n, f: comb(n, f) <= 200_000)
+@rule(needs="n choose f ≤ 200000", holds=lambda n, f: comb(n, f) <= 200_000, measures=True)
 def smea(rows: Rows, f: int):
     """Smallest maximum eigenvalue averaging: the mean of the n − f rows whose covariance has the smallest largest
     eigenvalue. Allouah et al. (2023), "On the privacy-robustness-utility trilemma", arXiv:2302.04787.
@@ -309,7 +313,7 @@ def _negative(A: np.ndarray) -> np.ndarray:
 # ---- weights for all rows
 
 
-@rule
+@rule(measures=True)
 def caf(rows: Rows, f: int):
     """Covariance-bound agnostic filter: along the direction of largest variance, rows lose weight as the square of
     their distance from the weighted mean, the farthest all of it, while the weights sum to more than n − 2f; of the
@@ -350,7 +354,7 @@ def centered_clipping(rows: Rows, f: int, *, threshold: Positive = 100.0, iterat
     return v
 
 
-@rule
+@rule(measures=True)
 def geometric_median(rows: Rows, f: int, *, iterations: Count = 0, nu: Positive | None = None):
     """The point z whose distances to the rows have the smallest sum (GM). Weiszfeld (1937): z becomes the mean with
     the weights 1/‖x_i − z‖; smoothed, as by Pillutla et al. (2022), arXiv:1912.13445, 1/max(ν, ‖x_i − z‖).
@@ -437,7 +441,8 @@ class Chain:
     entries: names, or { name = …, … } with constants, as in a config. Raises InputError for a rule that does not exist
     or stands in the wrong place, and for an f that is too large for one of them; n None leaves the latter out.
 
-    lasting: the names of the vectors that the rules remember, in the state of a run."""
+    lasting: the names of the vectors that the rules remember, in the state of a run. measures: whether a rule will want
+    the rows' Gram matrix."""
 
     def __init__(self, entries: Sequence[Any], f: int = 0, n: int | None = None):
         self.f = f
@@ -449,6 +454,7 @@ class Chain:
             self._check(n)
         self.lasting = [f"rule{i}_{link.name}" for i, link in enumerate(self.links)
                         if "memory" in _FACTS[link.name].wants]
+        self.measures = any(_FACTS[link.name].measures for link in self.links)
 
     def __call__(self, rows: Rows, random: Callable, memory: Callable):
         """This rank's columns of the aggregate. random() → the generator of this call, memory(name) → a vector that

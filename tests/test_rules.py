@@ -158,6 +158,26 @@ def test_appended_rows():
     np.testing.assert_array_equal(X, before)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_norms_and_products_in_one_pass(dtype, monkeypatch):
+    X = (3 + rng().normal(size=(6, 500))).astype(dtype)
+    rows, exact = Rows(X), X.astype(float)
+    rows.measure()
+    for spoilt in (0, np.nan, 1e30, 1e200):                 # what takes more than one pass is as right as ever
+        bad = X.copy()
+        with np.errstate(over="ignore"):
+            bad[2] = np.asarray(spoilt).astype(dtype)
+        other = Rows(bad)
+        other.measure()
+        assert other.finite().tolist() == [i != 2 or (np.isfinite(bad[2, 0]) and spoilt < 1e150) for i in range(6)]
+        if spoilt in (0, 1e30):
+            np.testing.assert_allclose(other.distances()[0, 1], ((exact[0] - exact[1]) ** 2).sum(), rtol=1e-6)
+            np.testing.assert_allclose(other.norms(), np.linalg.norm(bad.astype(float), axis=1), rtol=1e-6)
+    monkeypatch.setattr("mpiclip.rows.ops.norms", None)     # nobody asks for these any more
+    np.testing.assert_allclose(rows.norms(), np.linalg.norm(exact, axis=1), rtol=1e-6 if dtype == "float32" else 1e-12)
+    assert rows.finite().all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_rows_without_some(value):
     X = rng().normal(size=(5, 7))
