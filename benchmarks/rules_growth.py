@@ -90,7 +90,7 @@ def draw() -> None:
                 panel.set_xticks([], minor=True)
         panels[1, column].set_xlabel("workers n, at d = 10⁶" if sizes is BY_N else "coordinates d, at n = 10")
     panels[0, 0].set_ylabel("milliseconds, ranks of one host")
-    panels[1, 0].set_ylabel("MB of the rank that needs most, several hosts")
+    panels[1, 0].set_ylabel("MB of the neediest rank, several hosts")
     panels[0, 0].legend()
     figure.suptitle("ARC, NNM, trimmed mean: from the workers' vectors to the aggregate on every rank")
     figure.savefig(FIGURE, dpi=120)
