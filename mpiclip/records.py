@@ -20,9 +20,8 @@ def build(record: type[BaseModel], values: dict, where: str) -> Any:
             raise unknown(f"{where}.{key}", key, record.model_fields)
     try:
         checked = record(**values)
-        for key, value in values.items():       # pydantic would take true for 1, 1 for true, and "10" for 10
-            kinds = type(value), type(getattr(checked, key))
-            if kinds[0] is not kinds[1] and not {bool, str}.isdisjoint(kinds):
+        for key, value in values.items():       # pydantic would take true for 1, and "10" for 10
+            if isinstance(value, bool | str) and type(getattr(checked, key)) is not type(value):
                 raise InputError(f"{where}.{key} = {value!r}: expected a value of another type")
         return checked
     except ValidationError as error:

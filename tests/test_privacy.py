@@ -165,10 +165,12 @@ def test_what_costs_less(z, factor, releases, more, delta, adjacency, accountant
     """More noise, fewer releases, a larger δ, neighbours that are closer."""
     m = Mechanism(z, 1.0, delta, adjacency=adjacency, accountant=accountant)
     spent = epsilon(m, releases)
-    assert epsilon(replace(m, sigma=z * factor), releases) <= spent
-    assert spent <= epsilon(m, releases + more)
-    assert epsilon(replace(m, delta=min(0.5, delta * factor)), releases) <= spent
-    assert epsilon(replace(m, adjacency="add_remove"), releases) <= epsilon(replace(m, adjacency="replace"), releases)
+    most = spent * (1 + 1e-9)                               # a factor of 1 but for the last digit changes nothing else
+    assert epsilon(replace(m, sigma=z * factor), releases) <= most
+    assert spent <= epsilon(m, releases + more) * (1 + 1e-9)
+    assert epsilon(replace(m, delta=min(0.5, delta * factor)), releases) <= most
+    assert epsilon(replace(m, adjacency="add_remove"), releases) <= (1 + 1e-9) * epsilon(
+        replace(m, adjacency="replace"), releases)
 
 
 @pytest.mark.parametrize("change", [{}, {"adjacency": "replace"}, {"accountant": "rdp"}])
