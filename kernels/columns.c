@@ -18,6 +18,10 @@
 #include <string.h>
 #include <tgmath.h>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "columns.h"
 
 enum {
@@ -26,7 +30,8 @@ enum {
     LEAF = 16,                      /* as many rows are sorted in registers */
     LEAF_COMPARES = 63,
     PANEL = 8,                      /* tiles that are copied together, for memory likes long reads */
-    LANE = 8,                       /* independent sums of a row */
+    LANE = 8,                       /* sums of a row */
+    AT_ONCE = 4 * LANE,             /* independent ones: enough to hide the latency of an addition */
 };
 
 /* The comparators that sort LEAF rows, those of rows up to n sort n. */
@@ -63,6 +68,7 @@ typedef struct {
     sources from;
     size k;                         /* rows that come out */
     const double *w;                /* (k, b) or NULL */
+    const double *common;           /* (b,), to be added to all rows of w, or NULL */
     size n_used, *used;             /* the rows of [X; E] that are read */
     size *first, *place;            /* SIDE rows are mixed of those loaded rows that lie at place[first] … */
     void *factor;                   /* … with SIDE factors for each */
@@ -189,6 +195,20 @@ static int make_program(int rule, size k, size f, program *p, void **memory)
     return 1;
 }
 
+/* Copy bytes, past the caches where the destination is the beginning of a LINE: nobody reads it soon. */
+static void put(void *to, const void *from, size bytes)
+{
+#ifdef __SSE2__
+    if ((uintptr_t)to % LINE == 0 && bytes % LINE == 0) {
+        for (size k = 0; k < bytes; k += 16)
+            _mm_stream_si128((__m128i *)((char *)to + k), _mm_loadu_si128((const __m128i *)((const char *)from + k)));
+        _mm_sfence();
+        return;
+    }
+#endif
+    memcpy(to, from, bytes);
+}
+
 #define REAL float
 #define SUFFIX f32
 #include "columns.c"
@@ -198,10 +218,10 @@ static int make_program(int rule, size k, size f, program *p, void **memory)
 #define SUFFIX f64
 #include "columns.c"
 
-/* Whether E and W fit to X; then m says what the rows are, and m->used is to be freed. */
-static int mixture_of(const array *X, const array *E, const array *W, mixture *m)
+/* Whether E and W fit to X; then m says what the rows are, and m->used is to be freed. common: (b,) or NULL. */
+static int mixture_of(const array *X, const array *E, const array *W, const double *common, mixture *m)
 {
-    *m = (mixture){0};
+    *m = (mixture){.common = common};
     if (!sources_of(X, E, &m->from))
         return 0;
     size b = m->from.b;
@@ -225,7 +245,7 @@ static int mixture_of(const array *X, const array *E, const array *W, mixture *m
 int column_rule(int rule, const array *X, size f, const array *E, const array *W, const array *out)
 {
     mixture m;
-    if (!mixture_of(X, E, W, &m))
+    if (!mixture_of(X, E, W, NULL, &m))
         return DECLINED;
     program p = {0};
     void *memory = NULL;
@@ -242,7 +262,7 @@ int column_distances(const array *X, const array *v, const array *E, const array
 {
     mixture m;
     if (!is_rows(X) || !is_float(v, READABLE) || v->dtype->number != X->dtype->number || v->ndim != 1
-        || v->shape[0] != X->shape[1] || !mixture_of(X, E, W, &m))
+        || v->shape[0] != X->shape[1] || !mixture_of(X, E, W, NULL, &m))
         return DECLINED;
     int failed = out->shape[0] != m.k || BY_DTYPE(X, distances, &m, v->data, out->data);
     free(m.used);
@@ -253,11 +273,22 @@ int column_distances(const array *X, const array *v, const array *E, const array
 int column_combine(const array *X, const array *w, const array *E, const array *out)
 {
     mixture m;
-    if (!mixture_of(X, E, none, &m))
+    if (!mixture_of(X, E, none, NULL, &m))
         return DECLINED;
     int failed = w->ndim != 1 || w->shape[0] != m.k;
     if (!failed)
         BY_DTYPE(X, combine, &m, w->data, out->data);
+    free(m.used);
+    return failed ? DECLINED : 0;
+}
+
+/* columns.mixed; common (rows of [X; E],) is float64, out (k, d) is the launcher's. */
+int column_mixed(const array *X, const array *W, const array *E, const array *common, const array *out)
+{
+    mixture m;
+    if (W == none || !mixture_of(X, E, W, common->data, &m))
+        return DECLINED;
+    int failed = common->ndim != 1 || common->shape[0] != m.from.b || BY_DTYPE(X, mixed, &m, out->data);
     free(m.used);
     return failed ? DECLINED : 0;
 }
@@ -273,7 +304,7 @@ static void NAME(recipe)(mixture *m)
 {
     size b = m->from.b;
     for (size j = 0; j < b; j++) {
-        int any = !m->w;
+        int any = !m->w || (m->common && m->common[j] != 0);
         for (size i = 0; m->w && i < m->k && !any; i++)
             any = m->w[i * b + j] != 0;
         if (any)
@@ -311,11 +342,13 @@ CPU_GENERATIONS static void NAME(load)(const mixture *m, size c, size n, REAL *r
     }
 }
 
-/* SIDE rows of W y, those from g · SIDE on */
-CPU_GENERATIONS static void NAME(mix)(const mixture *m, size g, const REAL *restrict y, REAL *restrict rows)
+/* SIDE rows of W y, those from g · SIDE on, on top of `start`, a row: rows (SIDE, TILE), `stride` apart */
+CPU_GENERATIONS static void NAME(mix)(const mixture *m, size g, const REAL *restrict y, const REAL *restrict start,
+                                      REAL *restrict rows, size stride)
 {
     REAL sum[SIDE][ROW / sizeof(REAL)];
-    memset(sum, 0, sizeof sum);
+    for (int i = 0; i < SIDE; i++)
+        memcpy(sum[i], start, ROW);
     const REAL *restrict factor = (const REAL *)m->factor + m->first[g] * SIDE;
     for (size j = m->first[g]; j < m->first[g + 1]; j++, factor += SIDE) {
         const REAL *restrict row = y + m->place[j] * TILE;
@@ -324,7 +357,23 @@ CPU_GENERATIONS static void NAME(mix)(const mixture *m, size g, const REAL *rest
             for (size l = 0; l < TILE; l++)
                 sum[i][l] = fma(factor[i], row[l], sum[i][l]);
     }
-    memcpy(rows + g * SIDE * TILE, sum, sizeof sum);
+    for (int i = 0; i < SIDE; i++)
+        memcpy(rows + i * stride, sum[i], ROW);
+}
+
+/* Σ_j factor_j y_j; a row with the factor 0 may be no number */
+CPU_GENERATIONS static void NAME(sum_rows)(const REAL *restrict factor, size n, const REAL *restrict y,
+                                           REAL *restrict out)
+{
+    REAL sum[ROW / sizeof(REAL)] = {0};
+    for (size j = 0; j < n; j++, y += TILE) {
+        if (factor[j] == 0)
+            continue;
+#pragma omp simd
+        for (size l = 0; l < TILE; l++)
+            sum[l] = fma(factor[j], y[l], sum[l]);
+    }
+    memcpy(out, sum, ROW);
 }
 
 /* The smaller of two rows of `n` numbers goes to the first and the larger to the second; even of NaN, none is lost. */
@@ -462,9 +511,9 @@ static size NAME(room)(const mixture *m)
 /* The rows of the tile t of a panel, mixed. */
 static REAL *NAME(tile)(const mixture *m, size t, REAL *room)
 {
-    REAL *rows = room + t * m->n_used * TILE, *mixed = room + PANEL * m->n_used * TILE;
+    REAL *rows = room + t * m->n_used * TILE, *mixed = room + PANEL * m->n_used * TILE, zero[ROW / sizeof(REAL)] = {0};
     for (size i = 0; m->w && i < m->k; i += SIDE)
-        NAME(mix)(m, i / SIDE, rows, mixed);
+        NAME(mix)(m, i / SIDE, rows, zero, mixed + i * TILE, TILE);
     return m->w ? mixed : rows;
 }
 
@@ -512,35 +561,83 @@ static int NAME(each_tile)(int rule, const mixture *m, const program *p, size f,
     return 0;
 }
 
-/* lanes (k, LANE) += Σ_l (rows_il − v_l)² */
-CPU_GENERATIONS static void NAME(add_squares)(const REAL *rows, size k, const REAL *v, double *lanes)
+static int NAME(mixed)(const mixture *m, REAL *out)
 {
-    for (size i = 0; i < k; i++, rows += TILE, lanes += LANE)
-        for (size c = 0; c < TILE; c += LANE)
+    enum { WIDTH = PANEL * (ROW / sizeof(REAL)) };
+    size d = m->from.d, each = (PANEL * (m->n_used + 1) + PANEL * SIDE) * TILE;
+    size head = d * sizeof(REAL) % LINE ? 0 : (LINE - (uintptr_t)out % LINE) % LINE / sizeof(REAL);
+    size panels = 1 + (d - smaller(head, d) + WIDTH - 1) / WIDTH;       /* the first ends where all rows begin a LINE */
+    size threads = m->from.b * d > SMALL ? smaller(most_threads(), panels) : 1;
+    REAL *room = lines((m->n_used + threads * each) * sizeof(REAL));
+    if (!room)
+        return DECLINED;
+    REAL *factor = room + threads * each;
+    for (size j = 0; j < m->n_used; j++)
+        factor[j] = m->common[m->used[j]];
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (size panel = 0; panel < panels; panel++) {
+        size c = panel ? head + (panel - 1) * WIDTH : 0, n = smaller(panel ? WIDTH : head, d - c);
+        REAL *own = room + thread_number() * each, *start = own + PANEL * m->n_used * TILE, *rows = start + WIDTH;
+        NAME(load)(m, c, n, own);
+        for (size t = 0; t * TILE < n; t++)
+            NAME(sum_rows)(factor, m->n_used, own + t * m->n_used * TILE, start + t * TILE);
+        for (size i = 0; i < m->k && n > 0; i += SIDE) {
+            for (size t = 0; t * TILE < n; t++)
+                NAME(mix)(m, i / SIDE, own + t * m->n_used * TILE, start + t * TILE, rows + t * TILE, WIDTH);
+            for (size j = 0; j < smaller(SIDE, m->k - i); j++)
+                put(out + (i + j) * d + c, rows + j * WIDTH, n * sizeof(REAL));
+        }
+    }
+    free(room);
+    return 0;
+}
+
+/* lanes (LANE,) += Σ_l (row_l − v_l)² of n columns */
+CPU_GENERATIONS static void NAME(add_squares)(const REAL *restrict row, const double *restrict v, size n,
+                                              double *restrict lanes)
+{
+    double sum[AT_ONCE] = {0};
+    size c = 0;
+    for (; c + AT_ONCE <= n; c += AT_ONCE) {
+        fetch_ahead(row + c, AT_ONCE * sizeof(REAL));
 #pragma omp simd
-            for (size l = 0; l < LANE; l++) {
-                double difference = (double)rows[c + l] - v[c + l];
-                lanes[l] = fma(difference, difference, lanes[l]);
-            }
+        for (size l = 0; l < AT_ONCE; l++) {
+            double difference = row[c + l] - v[c + l];
+            sum[l] = fma(difference, difference, sum[l]);
+        }
+    }
+    for (size l = 0; c + l < n; l++) {
+        double difference = row[c + l] - v[c + l];
+        sum[l] = fma(difference, difference, sum[l]);
+    }
+    for (size l = 0; l < LANE; l++)
+        lanes[l] += (sum[l] + sum[l + LANE]) + (sum[l + 2 * LANE] + sum[l + 3 * LANE]);
 }
 
 static int NAME(distances)(const mixture *m, const REAL *v, double *out)
 {
-    size d = m->from.d, length = part_length(d, PANEL * TILE), parts = (d + length - 1) / length, each = NAME(room)(m);
+    enum { WIDTH = PANEL * (ROW / sizeof(REAL)) };
+    size d = m->from.d, length = part_length(d, WIDTH), parts = (d + length - 1) / length, each = NAME(room)(m);
     size threads = m->from.b * d > SMALL ? smaller(most_threads(), parts) : 1, width = m->k * LANE;
     REAL *room = lines(threads * each * sizeof(REAL));
     double *lanes = calloc(parts * width + 1, sizeof *lanes);
     int failed = !room || !lanes;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && !failed)
     for (size part = 0; part < (failed ? 0 : parts); part++)
-        for (size c = part * length; c < smaller((part + 1) * length, d); c += PANEL * TILE) {
-            size n = smaller(PANEL * TILE, d - c);
-            REAL *own = room + thread_number() * each, to[ROW / sizeof(REAL)];
-            NAME(load)(m, c, n, own);
-            for (size t = 0; t * TILE < n; t++) {
-                for (size l = 0; l < TILE; l++)
-                    to[l] = t * TILE + l < n ? v[c + t * TILE + l] : 0;
-                NAME(add_squares)(NAME(tile)(m, t, own), m->k, to, lanes + part * width);
+        for (size c = part * length; c < smaller((part + 1) * length, d); c += WIDTH) {
+            size n = smaller(WIDTH, d - c);
+            double to[WIDTH], *sums = lanes + part * width;
+            REAL *own = room + thread_number() * each;
+            for (size l = 0; l < n; l++)
+                to[l] = v[c + l];
+            for (size i = 0; !m->w && i < m->k; i++)                    /* no need to copy the rows */
+                NAME(add_squares)((const REAL *)source(&m->from, i) + c, to, n, sums + i * LANE);
+            if (m->w)
+                NAME(load)(m, c, n, own);
+            for (size t = 0; m->w && t * TILE < n; t++) {
+                const REAL *rows = NAME(tile)(m, t, own);
+                for (size i = 0; i < m->k; i++)
+                    NAME(add_squares)(rows + i * TILE, to + t * TILE, smaller(TILE, n - t * TILE), sums + i * LANE);
             }
         }
     for (size i = 0; i < (failed ? 0 : m->k); i++) {
@@ -566,9 +663,15 @@ CPU_GENERATIONS static void NAME(add_rows)(double *restrict sum, const double *w
 {
     double w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
     const REAL *a = row[0], *b = row[1], *c = row[2], *d = row[3];
+    size part = LINE / sizeof(REAL), k = 0;
+    for (; k + part <= n; k += part) {
+        fetch_ahead(a + k, LINE), fetch_ahead(b + k, LINE), fetch_ahead(c + k, LINE), fetch_ahead(d + k, LINE);
 #pragma omp simd
-    for (size l = 0; l < n; l++)
-        sum[l] = (((sum[l] + w0 * a[l]) + w1 * b[l]) + w2 * c[l]) + w3 * d[l];
+        for (size l = k; l < k + part; l++)
+            sum[l] = (((sum[l] + w0 * a[l]) + w1 * b[l]) + w2 * c[l]) + w3 * d[l];
+    }
+    for (; k < n; k++)
+        sum[k] = (((sum[k] + w0 * a[k]) + w1 * b[k]) + w2 * c[k]) + w3 * d[k];
 }
 
 static void NAME(combine)(const mixture *m, const double *w, REAL *out)

@@ -82,9 +82,10 @@ int column_gram(const array *X, const array *E, const array *scale, const array 
 #define COLUMNS (STRIP / (size)sizeof(PRODUCT))
 #define LANES_ (LINE / (size)sizeof(PRODUCT))
 
-/* The n columns from c on of z_j = s_j y_j − c_j ȳ and of ȳ, with zeros up to COLUMNS: z (b + 1, COLUMNS). */
+/* The n columns from c on of z_j = s_j y_j − c_j ȳ, with zeros up to COLUMNS, a LINE of each of SIDE rows after the other:
+   z (groups, COLUMNS / LANES_, SIDE, LANES_). with_mean (b + 1, LANES_) += the products of these and of ȳ with ȳ. */
 CPU_GENERATIONS static void NAME(centred)(const sources *m, const double *scale, const double *centre, size c, size n,
-                                          PRODUCT *restrict z)
+                                          PRODUCT *restrict z, PRODUCT *restrict with_mean)
 {
     PRODUCT mean[STRIP / sizeof(PRODUCT)];
     memset(mean, 0, sizeof mean);
@@ -98,33 +99,51 @@ CPU_GENERATIONS static void NAME(centred)(const sources *m, const double *scale,
     }
     for (size l = 0; l < COLUMNS; l++)
         mean[l] /= m->n;
-    for (size j = 0; j < m->b; j++, z += COLUMNS) {
+    for (size j = 0; j < m->b; j++) {
         const REAL *restrict row = (const REAL *)source(m, j) + c;
-        PRODUCT s = scale[j], part = centre[j];
+        PRODUCT *restrict to = z + j / SIDE * SIDE * COLUMNS + j % SIDE * LANES_;
+        PRODUCT s = scale[j], part = centre[j], sum[LINE / sizeof(PRODUCT)] = {0};
+        size k = 0;
+        for (; k + LANES_ <= n; k += LANES_, to += SIDE * LANES_) {
 #pragma omp simd
-        for (size l = 0; l < n; l++)
-            z[l] = fma(s, row[l], -part * mean[l]);
-        for (size l = n; l < COLUMNS; l++)
-            z[l] = 0;
+            for (size l = 0; l < LANES_; l++) {
+                to[l] = fma(s, row[k + l], -part * mean[k + l]);
+                sum[l] = fma(to[l], mean[k + l], sum[l]);
+            }
+        }
+        for (; k < COLUMNS; k += LANES_, to += SIDE * LANES_)
+            for (size l = 0; l < LANES_; l++) {
+                to[l] = k + l < n ? fma(s, row[k + l], -part * mean[k + l]) : 0;
+                sum[l] = fma(to[l], mean[k + l], sum[l]);
+            }
+#pragma omp simd
+        for (size l = 0; l < LANES_; l++)
+            with_mean[j * LANES_ + l] += sum[l];
     }
-    for (size l = 0; l < COLUMNS; l++)
-        z[l] = mean[l];
+    PRODUCT sum[LINE / sizeof(PRODUCT)] = {0};
+    for (size k = 0; k < COLUMNS; k += LANES_)
+#pragma omp simd
+        for (size l = 0; l < LANES_; l++)
+            sum[l] = fma(mean[k + l], mean[k + l], sum[l]);
+#pragma omp simd
+    for (size l = 0; l < LANES_; l++)
+        with_mean[m->b * LANES_ + l] += sum[l];
 }
 
-/* lanes (SIDE, SIDE, LANES_) += the products of SIDE rows a and SIDE rows b, each (SIDE, COLUMNS) */
+/* lanes (SIDE, SIDE, LANES_) += the products of SIDE rows a and SIDE rows b, each (COLUMNS / LANES_, SIDE, LANES_) */
 CPU_GENERATIONS static void NAME(add_products)(const PRODUCT *restrict a, const PRODUCT *restrict b,
                                                PRODUCT *restrict lanes)
 {
     PRODUCT sum[SIDE][SIDE][LINE / sizeof(PRODUCT)];
     memset(sum, 0, sizeof sum);
-    for (size c = 0; c < COLUMNS; c += LANES_)
+    for (size c = 0; c < SIDE * COLUMNS; c += SIDE * LANES_)
 #pragma GCC unroll 4
         for (int i = 0; i < SIDE; i++)
 #pragma GCC unroll 4
             for (int j = 0; j < SIDE; j++)
 #pragma omp simd
                 for (size l = 0; l < LANES_; l++)
-                    sum[i][j][l] = fma(a[i * COLUMNS + c + l], b[j * COLUMNS + c + l], sum[i][j][l]);
+                    sum[i][j][l] = fma(a[c + i * LANES_ + l], b[c + j * LANES_ + l], sum[i][j][l]);
     for (int i = 0; i < SIDE; i++)
         for (int j = 0; j < SIDE; j++)
 #pragma omp simd
@@ -144,8 +163,9 @@ CPU_GENERATIONS static void NAME(flush)(PRODUCT *restrict lanes, double *restric
 
 static int NAME(gram)(const sources *m, const double *scale, const double *centre, double *out)
 {
-    size side = m->b + 1, groups = (side + SIDE - 1) / SIDE, cell = CELL / sizeof(PRODUCT);
-    size n_lanes = groups * (groups + 1) / 2 * cell, strip = groups * SIDE * COLUMNS;
+    size side = m->b + 1, groups = (m->b + SIDE - 1) / SIDE, cell = CELL / sizeof(PRODUCT);
+    size n_products = groups * (groups + 1) / 2 * cell, n_lanes = n_products + side * LANES_;
+    size strip = groups * SIDE * COLUMNS;
     size length = part_length(m->d, FLUSH * COLUMNS), parts = (m->d + length - 1) / length;
     size threads = m->b * m->d > SMALL ? smaller(most_threads(), parts) : 1;
     size each = (strip + n_lanes) * sizeof(PRODUCT) + n_lanes * sizeof(double);
@@ -159,7 +179,7 @@ static int NAME(gram)(const sources *m, const double *scale, const double *centr
         memset(z, 0, each);
         size end = smaller((part + 1) * length, m->d);
         for (size c = part * length, strips = 1; c < end; c += COLUMNS, strips++) {
-            NAME(centred)(m, scale, centre, c, smaller(COLUMNS, m->d - c), z);
+            NAME(centred)(m, scale, centre, c, smaller(COLUMNS, m->d - c), z, lanes + n_products);
             for (size g = 0; g < groups; g += 2)        /* two at a time: what they meet comes from the first level */
                 for (size h = 0; h < smaller(g + 2, groups); h++)
                     for (size i = h > g ? h : g; i < smaller(g + 2, groups); i++)
@@ -170,8 +190,8 @@ static int NAME(gram)(const sources *m, const double *scale, const double *centr
         }
         for (size i = 0; i < side; i++)
             for (size j = 0; j <= i; j++) {
-                const double *lane = totals + (i / SIDE * (i / SIDE + 1) / 2 + j / SIDE) * cell
-                    + (i % SIDE * SIDE + j % SIDE) * LANES_;
+                const double *lane = i == m->b ? totals + n_products + j * LANES_ : totals
+                    + (i / SIDE * (i / SIDE + 1) / 2 + j / SIDE) * cell + (i % SIDE * SIDE + j % SIDE) * LANES_;
                 for (size l = 0; l < LANES_; l++)
                     sums[(part * side + i) * side + j] += lane[l];
             }

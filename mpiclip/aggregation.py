@@ -55,6 +55,7 @@ class Aggregation:
     suspect    keep each worker's distance to the aggregate
     tally      what happened to the rows; whoever has read it puts a new one in its place
     norm       ‖u‖ of a server vector u
+    join       the whole of a server vector u, on every rank
     seconds    time spent in attack and rules so far"""
 
     def __init__(self, server: Server, rules: Sequence[Any] = (), f: int = 0, attack: Any = None,
@@ -63,7 +64,7 @@ class Aggregation:
         self.server, self.chain = server, Chain(rules, f, server.n)
         self.byzantine = np.zeros(server.n, bool) if byzantine is None else byzantine
         self.attack = self._named(attack) if attack else None
-        self.norm, self.before = server.norm, before
+        self.norm, self.join, self.before = server.norm, server.join, before
         self.seed, self.flipped, self.suspect = seed, flipped, suspect
         self.round, self.call = 0, 0
         self.lasting: dict[str, Any] = {}
@@ -117,8 +118,8 @@ class Aggregation:
         if self.attack:                     # what Byzantine workers would have sent is nobody's business
             last = np.flatnonzero(~self.byzantine)[-1] + 1
             rows = Rows(rows.X[:last], rows.total, np.diag(~self.byzantine * 1.0)[:, :last])
-        elif self.chain.measures and onto is None:
-            rows.measure()
+        elif onto is None:
+            self.chain.look(rows, self.lasting.__getitem__)
         rows, bad = checked(rows)
         if self.attack:
             name, constants = self.attack
@@ -132,8 +133,7 @@ class Aggregation:
                 sent *= sent.dtype.type(scale)              # no third array: pages cost more than sums
                 kept += sent
             rows = Rows(onto, rows.total)
-            if self.chain.measures:
-                rows.measure()
+            self.chain.look(rows, self.lasting.__getitem__)
             rows, bad = checked(rows, before=bad)
         return rows, bad
 
@@ -228,11 +228,10 @@ def aggregate(X, rules: Sequence[Any], f: int = 0, comm=None, seed: int = 0, mem
         device = Device("cpu") if xp(X) is np else Device("cuda", X.device.id)
         server = Server(ranks, X.shape[1], n, len(X), device, X.dtype, means_only=False)
     rows = server.rows(X) if server else Rows(X)
-    if chain.measures:
-        rows.measure()
-    rows, _ = without_non_finite(rows, f)
     memory = {} if memory is None else memory
     for name in chain.lasting:
         memory.setdefault(name, xp(X).zeros_like(rows.X[0]))
+    chain.look(rows, memory.__getitem__)
+    rows, _ = without_non_finite(rows, f)
     result = chain(rows, lambda: stream(seed, "rules"), memory.__getitem__)
     return server.join(result).copy() if server else result

@@ -112,6 +112,21 @@ def combine(X, w, E=None):
 
 
 @accelerated
+def mixed(X, W, E=None, common=None):
+    """Σ_j (common_j + W_ij) y_j, the y_j the rows of [X; E]: (k, d) in X's dtype, a new array.
+
+    W: (k, n + m) float64; common: (n + m,) float64 (None: 0), what the weights of all rows have in common, and W what
+    is left: it is summed once, and where W is 0 there is nothing to do. Raises ValueError where shapes or dtypes do not
+    fit."""
+    k = check(X, E, W)
+    W = W if common is None else W + weights("common", common, W.shape[1])
+    out = xp(X).empty((k, X.shape[1]), X.dtype)
+    for columns, rows in blocks(X, E, W):
+        out[:, columns] = rows
+    return out
+
+
+@accelerated
 def deviation(X, E=None, W=None):
     """The standard deviation of each column of the rows, √(1/(k − 1) Σ_i (x_i − x̄)²), (d,) in X's dtype, computed in
     float64; the mean is taken off first, so that nothing cancels.

@@ -12,6 +12,7 @@ from .device import host, xp
 
 TINY = np.finfo(np.float64).tiny
 HUGE = 16               # times the median length
+FAR = 4                 # times the median length
 LONGEST = 1e150         # a longer row counts as not finite: squared distances of any two others are numbers
 
 
@@ -84,9 +85,12 @@ class Rows:
         """The rows, this rank's columns (n, columns); a new array, unless nothing was mixed."""
         if self.W is None:
             return self.X
-        W = xp(self.X).asarray(self.W, self.X.dtype)
-        m = len(self.X)
-        return W @ self.X if self.E is None else W[:, :m] @ self.X + W[:, m:] @ self.E
+        W, lengths = self.W, self._known.get("lengths")
+        if lengths is not None:             # what most rows have in common is added up once, if it is nothing huge
+            common = np.where(lengths <= HUGE * np.median(lengths), np.median(W, axis=0), 0)
+            if 2 * np.count_nonzero(W - common) < np.count_nonzero(W):
+                return columns.mixed(self.X, W - common, self.E, common)
+        return columns.mixed(self.X, W, self.E)
 
     def combine(self, w: np.ndarray):
         """Σ_i w_i x_i, (columns,). w: (n,) float64."""
@@ -94,7 +98,8 @@ class Rows:
 
     def mean(self):
         """The mean of the rows, (columns,)."""
-        return self.combine(np.full(self.n, 1 / self.n))
+        known = self._looked_at(None)
+        return self.combine(np.full(self.n, 1 / self.n)) if known is None else known
 
     def coordinates(self, rule: Callable, *constants):
         """A rule that works coordinate by coordinate (one of mpiclip.columns), on this rank's columns. → (columns,)"""
@@ -102,11 +107,18 @@ class Rows:
         return rule(self.X, *constants, E=self.E, W=None if same else self.W)
 
     def distances_to(self, vector) -> np.ndarray:
-        """‖x_i − v‖₂², (n,) float64, of a vector of which this rank has its columns."""
+        """‖x_i − v‖₂², (n,) float64, of a vector of which this rank has its columns, or of the row of that number."""
+        known = self._looked_at(vector)
+        if known is not None:
+            return known
+        if isinstance(vector, int):
+            vector = self.X[vector] if self.W is None else self.combine(np.eye(self.n)[vector])
         return self.total(columns.distances(self.X, vector, E=self.E, W=self.W))
 
     def finite(self) -> np.ndarray:
         """Which rows are finite, and no longer than LONGEST: (n,) bool, the same on every rank."""
+        if self._all_finite():
+            return np.ones(self.n, bool)
         lengths, dtype = self._lengths(), self.X.dtype
         fine = lengths < LONGEST
         if self.W is None:
@@ -122,6 +134,8 @@ class Rows:
     def without(self, bad: np.ndarray) -> Rows:
         """The rows with zeros for those that `bad` (n,) bool marks; and with no vector in the basis that is not finite,
         unless a row that is not marked uses it."""
+        if self._all_finite() and not bad.any():
+            return self
         finite, m = np.isfinite(self._lengths()), len(self.X)
         W = self.W if self.W is None or not bad.any() else np.where(bad[:, None], 0, self.W)
         keep = (finite & ~bad) if W is None else finite | (W != 0).any(0)
@@ -134,14 +148,37 @@ class Rows:
 
     def measure(self) -> None:
         """Norms and inner products in one pass over the data, for rules that will want the latter, unless rows are huge
-        or not finite. Norms are then as right as the Gram matrix: of float32 rows to 1e-7."""
+        or not finite. Norms are then as right as the Gram matrix: of float32 rows to 1e-6, and 1e-7 is usual."""
         if self.W is not None or self._known:
             return
         with np.errstate(over="ignore", invalid="ignore"):
             one, G = np.ones(self.n), self.total(columns.gram(self.X))
             squares = np.diag(G)[:-1] + 2 * G[:-1, -1] + G[-1, -1]
-        if (squares > 0).all() and squares.max() <= min(HUGE**2 * np.median(squares), LONGEST**2):
+        # Long rows do no harm, but a mean that they have drawn far away, beside which the others are short, would.
+        if (squares > 0).all() and squares.max() <= LONGEST**2 and G[-1, -1] <= FAR**2 * np.median(squares):
             self._known |= {"lengths": np.sqrt(squares), "basis": (one, one, G)}
+
+    def look(self, vector=None) -> None:
+        """The rows' mean, or their distances to a vector (as `distances_to` takes it), computed before it is known
+        whether all rows are finite, and kept for who asks for it first: of float32 rows it is finite if and only if
+        they are, for in float64 no such sum is too large."""
+        if self.W is not None or self._known or self.X.dtype != np.float32:
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = self.mean() if vector is None else self.distances_to(vector)
+            finite = np.isfinite(self.total(_squares(result[None])) if vector is None else result).all()
+        if finite:
+            self._known |= {"finite": True, "looked": (vector, result)}
+
+    def _looked_at(self, vector):
+        """What `look` has kept of this very vector, once; or None."""
+        if self.W is None and "looked" in self._known and self._known["looked"][0] is vector:
+            return self._known.pop("looked")[1]
+        return None
+
+    def _all_finite(self) -> bool:
+        """Whether that is known already, of rows that were not mixed."""
+        return self.W is None and "finite" in self._known
 
     def _lengths(self) -> np.ndarray:
         """The norms of the rows of B, computed once, whatever has been mixed since."""

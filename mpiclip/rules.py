@@ -44,13 +44,15 @@ _FACTS: dict[str, Facts] = {}           # what a chain has to know of it
 class Facts:
     """Of a rule: which of GIVEN it wants; its condition, holds(n, f, **constants), and the same for people; the number
     of rows that it makes of n, gives(n, **constants), or None, where it makes one vector; whether it measures inner
-    products or distances of all pairs."""
+    products or distances of all pairs; or else what it looks at first, of all rows, looks(rows, f, **constants), which
+    tells whether they are finite, too."""
 
     wants: frozenset[str]
     needs: str = "n > 2f"
     holds: Callable[..., bool] = lambda n, f, **constants: n > 2 * f
     gives: Callable[..., int] | None = None
     measures: bool = False
+    looks: Callable[..., None] | None = None
 
 
 def rule(function: Callable | None = None, **facts: Any) -> Any:
@@ -71,7 +73,7 @@ def pre_aggregation(function: Callable | None = None, *, gives: Callable[..., in
 # ---- coordinate by coordinate
 
 
-@rule
+@rule(looks=lambda rows, f: rows.look())
 def mean(rows: Rows, f: int):
     """The mean; robust to nothing."""
     return rows.mean()
@@ -162,12 +164,11 @@ def multi_krum(rows: Rows, f: int):
     return _mean_of(rows, _lowest(_scores(rows, f), rows.n - f))
 
 
-@rule(needs="pivot < n", holds=lambda n, f, pivot: pivot < n)
+@rule(needs="pivot < n", holds=lambda n, f, pivot: pivot < n, looks=lambda rows, f, pivot: rows.look(pivot))
 def monna(rows: Rows, f: int, *, pivot: Count = 0):
     """The mean of the n − f rows nearest to row `pivot`, itself included. From decentralised learning, where this is
     one's own row: only as good as that worker. Farhadkhani et al. (2023), arXiv:2209.10931."""
-    distance = rows.distances_to(rows.combine(np.eye(rows.n)[pivot]))       # one of n², so no Gram matrix
-    return _mean_of(rows, _lowest(distance, rows.n - f))
+    return _mean_of(rows, _lowest(rows.distances_to(pivot), rows.n - f))    # n of n² distances, so no Gram matrix
 
 
 def _scores(rows: Rows, f: int) -> np.ndarray:
@@ -340,7 +341,7 @@ def caf(rows: Rows, f: int):
     return rows.combine(best / best.sum())
 
 
-@rule
+@rule(looks=lambda rows, f, memory, **constants: rows.look(memory))
 def centered_clipping(rows: Rows, f: int, *, threshold: Positive = 100.0, iterations: Some = 1, memory):
     """Centred clipping about the last aggregate v: v becomes v + 1/n Σ_i (x_i − v) min(1, τ/‖x_i − v‖), τ the
     threshold. Karimireddy, He, Jaggi (2021), arXiv:2012.10333."""
@@ -434,6 +435,12 @@ class Link:
         given = {name: call() for name, call in (("random", random), ("memory", memory)) if name in wants}
         return RULES[self.name](rows, f, **self.constants, **given)
 
+    def look(self, rows: Rows, f: int, memory: Callable) -> None:
+        """Compute what the rule will look at first."""
+        facts = _FACTS[self.name]
+        if facts.looks:
+            facts.looks(rows, f, **self.constants, **({"memory": memory()} if "memory" in facts.wants else {}))
+
 
 class Chain:
     """Rules that are applied from left to right to n rows, of which f may be anything.
@@ -441,8 +448,7 @@ class Chain:
     entries: names, or { name = …, … } with constants, as in a config. Raises InputError for a rule that does not exist
     or stands in the wrong place, and for an f that is too large for one of them; n None leaves the latter out.
 
-    lasting: the names of the vectors that the rules remember, in the state of a run. measures: whether a rule will want
-    the rows' Gram matrix."""
+    lasting: the names of the vectors that the rules remember, in the state of a run."""
 
     def __init__(self, entries: Sequence[Any], f: int = 0, n: int | None = None):
         self.f = f
@@ -454,7 +460,15 @@ class Chain:
             self._check(n)
         self.lasting = [f"rule{i}_{link.name}" for i, link in enumerate(self.links)
                         if "memory" in _FACTS[link.name].wants]
-        self.measures = any(_FACTS[link.name].measures for link in self.links)
+        self._measures = any(_FACTS[link.name].measures for link in self.links)
+
+    def look(self, rows: Rows, memory: Callable) -> None:
+        """Before anything else: compute of rows as they came, which may be not finite, what the rules will want to know
+        first, so that one pass over the data does for that and for the check. memory: as below."""
+        if self._measures:
+            rows.measure()
+        elif self.links:
+            self.links[0].look(rows, self.f, partial(memory, f"rule0_{self.links[0].name}"))
 
     def __call__(self, rows: Rows, random: Callable, memory: Callable):
         """This rank's columns of the aggregate. random() → the generator of this call, memory(name) → a vector that

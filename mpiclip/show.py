@@ -16,6 +16,7 @@ from . import ledger, record
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "eta": "η", "lam": "λ", "sigma": "σ",
          "tau": "τ"}
+LEGIBLE = 48            # characters of a run's name
 PARTS = ("grad", "clip", "comm", "rules", "eval")
 SUSPECTS = 3            # workers that are named, of those that are farthest from the aggregate
 
@@ -76,15 +77,17 @@ def by_number(text: str) -> list[str | float]:
 
 
 def labels(configs: Sequence[dict[str, Any]], dirs: Sequence[str | Path]) -> list[str]:
-    """Names that tell runs apart: the method, and the keys whose values differ between the runs; the folder where that
-    is not enough, or too much to read."""
+    """Names that tell runs apart: the method, and the keys whose values differ between the runs. Where that is too much
+    to read, no method if it is the same in all; and then the folder, behind the rules, or the method."""
     flat = [flatten(config) for config in configs]
     keys = [key for key in varying(flat) if key != "method.name"]
-    names = []
-    for f, dir in zip(flat, dirs, strict=True):
-        method = str(f.get("method.name", Path(dir).name))
-        name = ", ".join([method] + [setting(key, f[key]) for key in keys if key in f])
-        names.append(name if len(name) <= 48 else f"{method} ({Path(dir).name})")
+    methods = [str(f.get("method.name", Path(dir).name)) for f, dir in zip(flat, dirs, strict=True)]
+    said = [{key: setting(key, f[key]) for key in keys if key in f} for f in flat]
+    names = [", ".join([method, *values.values()]) for method, values in zip(methods, said, strict=True)]
+    if any(len(name) > LEGIBLE for name in names) and len(set(methods)) == 1:
+        names = [", ".join(values.values()) or methods[0] for values in said]
+    names = [name if len(name) <= LEGIBLE else f"{values.get('aggregate.rules', method)} ({Path(dir).name})"
+             for name, values, method, dir in zip(names, said, methods, dirs, strict=True)]
     apart = len({Path(dir).name for dir in dirs}) == len(dirs)
     return [name if names.count(name) == 1 else f"{name} ({Path(dir).name if apart else dir})"
             for name, dir in zip(names, dirs, strict=True)]
@@ -253,6 +256,8 @@ def _seconds(run: dict[str, Any]):
     parts = [(part, run["final"].get(f"seconds_{part}")) for part in PARTS]
     parts = [(part, seconds) for part, seconds in parts if seconds is not None]
     parts += [("other", max(0.0, total - sum(seconds for _, seconds in parts))), ("all", total)]
+    if run["final"].get("seconds_hidden"):
+        parts.append(("exchanges behind these", run["final"]["seconds_hidden"]))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("part")
     table.add_column("seconds", justify="right")

@@ -116,6 +116,22 @@ def test_further_rows_and_mixtures(way, dtype, kind):
 
 @both
 @real
+@pytest.mark.parametrize("common", [False, True])
+def test_mixed_rows(way, dtype, common):
+    """Whatever of the weights is called common; a row that nobody weighs may be anything. 1600 columns: whole lines."""
+    for n, m, k, d in ((1, 0, 1, 1), (5, 1, 5, 70), (12, 2, 13, D), (20, 0, 20, 1600), (66, 1, 67, D)):
+        X, E = values("random", (n, d), dtype), np.ascontiguousarray(values("random", (m, d), dtype, 4)) if m else None
+        W = mixing("dense", k, n + m) + 1.0 * mixing("chosen", k, n + m, 3)
+        if n > 5:
+            W[:, 3], X[3] = 0, np.nan
+        W[:, 0] = 0.25
+        part = np.median(W, axis=0) if common else None
+        expected = mixed(np.where(np.isnan(X), 0, X), E, W)
+        close(way(columns.mixed)(X, W - part if common else W, E, part), expected, np.array([[9.0]]), 3 * EPS[dtype])
+
+
+@both
+@real
 def test_a_row_without_weight_is_not_read(way, dtype):
     X, w, W = values("random", (9, D), dtype), np.linspace(-1, 2, 9), mixing("dense", 5, 9)
     w[[3, 4]], W[:, [3, 4]] = 0, 0
@@ -207,7 +223,7 @@ def test_the_same_bytes_for_any_threads_and_cuts(dtype):
     W, w, v = mixing("dense", 22, 23), np.linspace(-1, 1, 23), X[0].copy()
     calls = [lambda X, E: columns.median(X, E, W), lambda X, E: columns.trimmed_mean(X, 5, E, W),
              lambda X, E: columns.mean_around_median(X, 5, E), lambda X, E: columns.deviation(X, E, W),
-             lambda X, E: columns.combine(X, w, E)]
+             lambda X, E: columns.combine(X, w, E), lambda X, E: columns.mixed(X, W, E, w)]
     sums = [lambda: columns.gram(X, E), lambda: columns.distances(X, v, E, W)]
     whole, total = [call(X, E).tobytes() for call in calls], [call().tobytes() for call in sums]
     for threads in (1, 3):
@@ -216,7 +232,7 @@ def test_the_same_bytes_for_any_threads_and_cuts(dtype):
             assert [call().tobytes() for call in sums] == total
     for cuts in ([1, 64, 200], [13_000, 13_005]):
         parts = list(zip(np.split(X, cuts, axis=1), np.split(E, cuts, axis=1), strict=True))
-        assert [np.concatenate([call(*part) for part in parts]).tobytes() for call in calls] == whole
+        assert [np.concatenate([call(*part) for part in parts], axis=-1).tobytes() for call in calls] == whole
 
 
 @both
@@ -265,6 +281,7 @@ def test_what_does_not_fit_is_an_error(way):
                  lambda: way(columns.trimmed_mean)(X, 2, E, W), lambda: way(columns.trimmed_mean)(X, -1),
                  lambda: way(columns.mean_around_median)(X, 1.0), lambda: way(columns.deviation)(X[:1]),
                  lambda: way(columns.distances)(X, np.zeros(8)), lambda: way(columns.combine)(X, np.zeros(6)),
+                 lambda: way(columns.mixed)(X, W), lambda: way(columns.mixed)(X, W, E, np.zeros(5)),
                  lambda: way(columns.gram)(X, E, np.ones(5)), lambda: way(columns.gram)(X, None, None, np.ones(6))):
         with pytest.raises(ValueError, match=r"expected|shape"):
             call()

@@ -13,7 +13,8 @@ from mpiclip.plot import COLORS, plot
 from mpiclip.record import Record, read
 from mpiclip.show import folders, labels, show
 
-COLUMNS = ["round", "seconds", "loss", "grad_norm", "accuracy", "bytes", "epsilon", "seconds_grad", "seconds_comm"]
+COLUMNS = ["round", "seconds", "loss", "grad_norm", "accuracy", "bytes", "epsilon", "seconds_grad", "seconds_comm",
+           "seconds_hidden"]
 
 
 def run(dir, name="clip21", tau=0.1, rounds=100, lines=101, **metrics):
@@ -37,13 +38,14 @@ def test_json(tmp_path):
     assert (found["rounds"], found["workers"], found["ranks"]) == (100, 20, 4)
     assert (found["seconds"], found["bytes_sent"]) == (10, 1e8)
     assert found["final"] == {"round": 100, "seconds": 10, "loss": None, "grad_norm": None, "accuracy": None,
-                              "bytes": 1e8, "epsilon": None, "seconds_grad": 5, "seconds_comm": 2.5}
+                              "bytes": 1e8, "epsilon": None, "seconds_grad": 5, "seconds_comm": 2.5,
+                              "seconds_hidden": None}
     both = json.loads(show([tmp_path / "a", run(tmp_path / "b", "clip_gd")], as_json=True))
     assert [one["config"]["method"]["name"] for one in both] == ["clip21", "clip_gd"]
 
 
 def test_show_one(tmp_path):
-    text = show([run(tmp_path / "a", epsilon=lambda k: 1.5, rounds=80)])
+    text = show([run(tmp_path / "a", epsilon=lambda k: 1.5, seconds_hidden=lambda k: k / 100, rounds=80)])
     lines = {line.split("  ")[0].strip(): " ".join(line.split("  ")[1:]).split() for line in text.splitlines()}
     assert " ".join(lines["method"]) == "clip21, stepsize = 0.25 (theory), τ = 0.1"
     assert " ".join(lines["problem"]) == "logistic (nonconvex, λ = 0.1) on a9a.h5, d = 123"
@@ -53,7 +55,7 @@ def test_show_one(tmp_path):
     assert " ".join(lines["sent per rank"]) == "80.0 MB"
     shares = {words[0]: words[1:] for words in map(str.split, text.splitlines()) if words[-1:] == ["%"]}
     assert shares == {"grad": ["4.00", "50", "%"], "comm": ["2.00", "25", "%"], "other": ["2.00", "25", "%"],
-                      "all": ["8.00", "100", "%"]}
+                      "all": ["8.00", "100", "%"], "exchanges": ["behind", "these", "0.80", "10", "%"]}
     assert "accuracy" not in text
 
 
@@ -89,6 +91,13 @@ def test_labels_say_what_differs():
     assert labels([config(), config()], ["x/a", "x/b"]) == ["clip21 (a)", "clip21 (b)"]
     assert labels([{"aggregate": {"rules": rules}} | config() for rules in ([], ["arc", "median"])], ["a", "b"]) == [
         "clip21, mean", "clip21, arc → median"]
+    chains = ["median"], [{"name": "clipping", "threshold": 2.0}, "nnm", "geometric_median"]
+    assert labels([{"aggregate": {"rules": rules}} | config() for rules in chains], ["a", "b"]) == [
+        "median", "clipping (threshold 2) → nnm → geometric_median"]
+    attacks = [{"aggregate": {"rules": rules, "attack": {"name": attack}}} | config() for rules, attack in
+               zip(chains, ["mimic", "sign_flip"], strict=True)]
+    assert labels(attacks, ["x/a", "x/b"]) == [
+        "median, attack mimic", "clipping (threshold 2) → nnm → geometric_median (b)"]
     many = [{f"constant_{letter}": value for letter in "abcde"} for value in (1.0, 2.0)]
     assert labels([config(**many[0]), config(**many[1])], ["x/a", "x/b"]) == ["clip21 (a)", "clip21 (b)"]
 

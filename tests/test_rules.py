@@ -45,6 +45,23 @@ def by_definition(X, names, f):
     return X if X.ndim == 1 else sum(X) / len(X)
 
 
+def by_two_holders(X, cut, hold):
+    """[hold(rows) of the columns before `cut`, of those from there on], at the same time: what each holder has to add
+    up over the columns is added up over both."""
+    added, met = [None, None], Barrier(2)
+
+    def total(here, part):
+        added[here] = part
+        met.wait()
+        result = added[0] + added[1]
+        met.wait()
+        return result
+
+    holders = [Rows(half, partial(total, here)) for here, half in enumerate((X[:, :cut], X[:, cut:]))]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(hold, holders))
+
+
 # Every rule, alone and behind others; what each is equivariant to, and whether f huge rows leave it where it is.
 TRANSLATED, SCALED, ROBUST_TO_HUGE = "translation", "scale", "huge"
 BOTH = {TRANSLATED, SCALED}
@@ -140,6 +157,18 @@ def test_blocks_of_columns(d, dtype):
     np.testing.assert_allclose(rows.mix(W).coordinates(columns.median), np.median(W @ exact, axis=0), **tolerance)
 
 
+def test_what_most_rows_have_in_common_is_nothing_huge():
+    X = rng().normal(size=(9, 40)).astype("float32")
+    X[4] *= 1e12
+    W = np.full((9, 9), 1 / 9)
+    W[0] = np.where(np.arange(9) == 4, 0, 1 / 8)
+    rows = Rows(X)
+    rows.norms()
+    found = rows.mix(W).columns()
+    np.testing.assert_allclose(found[0], np.delete(X, 4, 0).mean(0), atol=1e-6)
+    np.testing.assert_allclose(found[1:], W[1:] @ X.astype(float), rtol=1e-5)
+
+
 def test_appended_rows():
     """Vectors that are no mixtures of the rows: a point near the others, a small direction, and a huge one."""
     X = 5 + rng().normal(size=(5, 7))
@@ -178,6 +207,51 @@ def test_norms_and_products_in_one_pass(dtype, monkeypatch):
     assert rows.finite().all()
 
 
+def test_long_rows_need_no_second_look(monkeypatch):
+    """What would blur is a mean that they draw far away."""
+    X = (3 + rng().normal(size=(16, 500))).astype("float32")
+    X[[2, 5]] = np.array([[100], [30]]) * rng(1).normal(size=(2, 500))
+    rows, exact = Rows(X), X.astype(float)
+    rows.measure()
+    monkeypatch.setattr("mpiclip.rows.ops.norms", None)
+    monkeypatch.setattr("mpiclip.rows.columns.gram", None)
+    np.testing.assert_allclose(rows.norms(), np.linalg.norm(exact, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(rows.distances(), ((exact[:, None] - exact[None]) ** 2).sum(2), rtol=1e-5)
+
+
+LOOKS = [["mean"], [{"name": "monna", "pivot": 1}], ["centered_clipping"]]
+
+
+@pytest.mark.parametrize("names", LOOKS, ids=str)
+def test_one_pass_for_the_check_and_what_a_rule_looks_at(names, monkeypatch):
+    """Of float32 rows there is no pass of its own for the check, however large they are."""
+    X = rng(1).normal(3, 1, (7, 300)).astype("float32")
+    X[5], X[6], f = 3e38, -3e38, 0 if names == ["mean"] else 2
+    monkeypatch.setattr(Rows, "_lengths", None)
+    np.testing.assert_allclose(mpiclip.aggregate(X, names, f), by_definition(X, names, f), rtol=1e-5, atol=2e32)
+
+
+@pytest.mark.parametrize("names", LOOKS, ids=str)
+@pytest.mark.parametrize("bad", [[np.nan, 1], [np.inf, -np.inf], [-np.inf, -np.inf], [0, 1e200]], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_that_are_not_finite_when_a_rule_looks_at_them(names, bad, dtype):
+    """Also those whose sum is: ∞ − ∞ is no number, and of float64 1e200 − 1e200 must not hide it."""
+    X, memory = rng(1).normal(3, 1, (7, 9)).astype(dtype), {}
+    with np.errstate(over="ignore"):
+        X[4, 3], X[5, 3] = np.array(bad).astype(dtype)
+        X[6, 3] = -X[5, 3] if bad[1] == 1e200 else 0
+    with pytest.raises(mpiclip.InputError, match="not finite"):
+        mpiclip.aggregate(X, names, 0)
+    fine = np.where((np.abs(X.astype(float)) < 1e150).all(1, keepdims=True), X, 0)
+    for _ in range(2):
+        found = mpiclip.aggregate(X, names, 3, memory=memory)
+    again = {}
+    for _ in range(2):
+        expected = mpiclip.aggregate(fine, names, 3, memory=again)
+    assert found.tobytes() == expected.tobytes() and np.isfinite(found).all()
+    assert all(memory[name].tobytes() == again[name].tobytes() for name in again)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_rows_without_some(value):
     X = rng().normal(size=(5, 7))
@@ -209,19 +283,8 @@ def test_finite_rows(value, mixed):
 def test_totals_make_columns_of_other_ranks_count():
     """Two holders of columns: what each would add is added up, and both decide alike."""
     X = rng().normal(size=(5, 30)) * np.arange(1, 6)[:, None]
-    halves, added, met = (X[:, :11], X[:, 11:]), [None, None], Barrier(2)
-
-    def total(here, part):
-        added[here] = part
-        met.wait()
-        result = added[0] + added[1]
-        met.wait()
-        return result
-
     for attribute in ("norms", "gram", "distances"):
-        with ThreadPoolExecutor(2) as pool:
-            holders = [Rows(halves[here], partial(total, here)) for here in (0, 1)]
-            found = list(pool.map(methodcaller(attribute), holders))
+        found = by_two_holders(X, 11, methodcaller(attribute))
         np.testing.assert_array_equal(found[0], found[1])
         np.testing.assert_allclose(found[0], getattr(Rows(X), attribute)(), rtol=1e-10, atol=1e-10)
 
@@ -431,23 +494,13 @@ def test_every_rule_keeps_rows_that_are_equal(names):
 def test_holders_of_columns_agree(names):
     """Two ranks with half of the columns each take the same decisions, and have the whole's columns."""
     X = rng(4).normal(1, 2, (9, 50))
-    halves, added, met = (X[:, :17], X[:, 17:]), [None, None], Barrier(2)
     chain = rules.Chain(names, 3, 9)
 
-    def total(here, part):
-        added[here] = part
-        met.wait()
-        result = added[0] + added[1]
-        met.wait()
-        return result
+    def hold(rows):
+        return chain(rows, lambda: stream(0, "rules"), lambda name: np.zeros(rows.X.shape[1]))
 
-    def hold(here):
-        return chain(Rows(halves[here], partial(total, here)), lambda: stream(0, "rules"),
-                     lambda name: np.zeros(halves[here].shape[1]))
-
-    with ThreadPoolExecutor(2) as pool:
-        np.testing.assert_allclose(np.concatenate(list(pool.map(hold, (0, 1)))), mpiclip.aggregate(X, names, 3),
-                                   rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.concatenate(by_two_holders(X, 17, hold)), mpiclip.aggregate(X, names, 3), rtol=1e-9,
+                               atol=1e-12)
 
 
 def test_golden_values():
