@@ -1,7 +1,7 @@
-"""Data sets: one HDF5 file, of which each rank reads the rows of its own workers.
+"""Data sets: one HDF5 file, of which each rank reads the rows, or the text, of its own workers.
 
-    attributes    format, version (2: images; else 1), package (that wrote it), sources, features, rows,
-                  digest (SHA-256 of all numbers)
+    attributes    format, version (2: images, 3: text; else 1), package (that wrote it), sources, digest (SHA-256 of all
+                  numbers); of rows: features, rows; of text: level (word or char)
     classes       (C,) the distinct labels; absent if they are not integers or more than 1000
     train, test   groups (test may be absent), each with
         y         (N,) float64, labels as found
@@ -10,12 +10,22 @@
                   attribute shape = (N, p):
         indptr    (N+1,) int64;  indices (nnz,) int32;  data (nnz,) float32 or float64
 
+of a text:
+    vocabulary    (V,) strings
+    train, test   groups (test may be absent), each with
+        tokens    (T,) uint8, uint16 or int32, numbers of words or characters of the vocabulary
+    and train, with the attribute kind (articles, turns, paragraphs or lines), its parts:
+        parts     (P+1,) int64: part k is tokens[parts[k]:parts[k+1]]
+        label     (P,) int32: whose it is, one of names (L,), strings
+    and test, with the attribute unknown: how many of its tokens stand for words that are not in the vocabulary
+
 All arrays are contiguous, so that a slice of rows is a slice of the file. Files are opened without HDF5 locks, which
 shared file systems often lack; nothing writes to a data file once it has its name.
 """
 
 import hashlib
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,9 +36,10 @@ from mpiclip import splits
 from mpiclip.errors import InputError
 from mpiclip.version import __version__
 
-FORMAT, VERSIONS = "mpiclip data", (1, 2)
+FORMAT, VERSIONS = "mpiclip data", (1, 2, 3)
 BLOCK = 1 << 21  # numbers held beside a rank's own while reading or writing: 16 MiB of float64
 MOST_CLASSES = 1000
+TEST_STREAMS, TEST_STREAM = 16, 1000  # most streams, of how many tokens at least, that a test text is read as
 
 
 @dataclass(frozen=True)
@@ -56,14 +67,35 @@ class Shard:
     image: tuple[int, ...] | None = None  # a row's shape, of the product p, where rows are images
 
 
-def read_train(file, split, workers, ids, seed, dtype, alpha=None, similarity=None, standard=None) -> Shard:
-    """The training rows of the workers `ids` out of n = `workers`, split over them as `splits.split` says.
+@dataclass(frozen=True)
+class Text:
+    """This rank's part of a text: its workers' streams of tokens, one after the other. All n streams are equally long.
 
-    Holds only these rows, and the labels of all. A worker number of n or more (one that only attacks) has no rows.
+    Where `blocks` is given, `tokens` are those of the whole text, block i being tokens[blocks[i]:blocks[i+1]]: in its
+    e-th pass (from 0) worker i reads block (i + e) mod n. A test text's streams count as workers."""
+
+    tokens: np.ndarray  # (m,) int32, numbers of words or characters of the vocabulary
+    offsets: np.ndarray  # (w+1,) int64: worker i's stream, the first one if they go round, is offsets[i]:offsets[i+1]
+    ids: np.ndarray  # (w,) int64, the workers' global numbers
+    n: int  # workers in all
+    total: int  # tokens in all, over all workers
+    vocabulary: tuple[str, ...]
+    level: str  # word or char
+    blocks: np.ndarray | None = None  # (n+1,) int64
+
+
+def read_train(file, split, workers, ids, seed, dtype, alpha=None, similarity=None, standard=None) -> Shard | Text:
+    """The training rows of the workers `ids` out of n = `workers`, split over them as `splits.split` says; or their
+    streams of a text, as `splits.pieces` says.
+
+    Holds only these rows, and the labels of all; of a text whose blocks go round, all of it, and then `ids` are
+    consecutive. A worker number of n or more (one that only attacks) has no rows.
     `standard`: what `moments` found, of which the features then get the mean 0 and the standard deviation 1.
     InputError: no usable file, more workers than rows, a number that is not finite in `dtype`, labels unfit for the
     split."""
     with _open(file) as f:
+        if "level" in f.attrs:
+            return _read_text(file, f, split, workers, np.array(ids, np.int64), seed, similarity)
         labels = _read_labels(file, f["train"])
         classes = _classes(f)
         if workers > len(labels):
@@ -89,12 +121,18 @@ def read_train(file, split, workers, ids, seed, dtype, alpha=None, similarity=No
         )
 
 
-def read_test(file, part: int, parts: int, dtype, standard=None) -> Shard | None:
-    """The part-th of `parts` equal slices of the test rows, as one worker's; None if the file has no test rows.
+def read_test(file, part: int, parts: int, dtype, standard=None) -> Shard | Text | None:
+    """The part-th of `parts` equal slices of the test rows, as one worker's; None if the file has no test rows. A test
+    text is cut into streams in the same way for any `parts`; the slice is a share of these, which may be none of them.
     `standard` as in `read_train`: the training rows' moments."""
     with _open(file) as f:
         if "test" not in f:
             return None
+        if "level" in f.attrs:
+            count = len(f["test/tokens"])
+            n = max(1, min(TEST_STREAMS, count // TEST_STREAM))
+            pieces = splits.pieces("contiguous", [0, count], [0], n, 0)
+            return _text(f, "test", pieces, np.array_split(np.arange(n), parts)[part], count // n)
         labels = _read_labels(file, f["test"])
         rows = np.array_split(np.arange(len(labels)), parts)[part]
         x = _read_rows(file, f["test"], rows, dtype, standard)
@@ -116,6 +154,8 @@ def moments(file) -> tuple[np.ndarray, np.ndarray]:
     pixels of a channel of images. A constant feature has the standard deviation 1. InputError for sparse rows."""
     with _open(file) as f:
         group = f["train"]
+        if "level" in f.attrs:
+            raise InputError(f"{file}: is a text, which has no features; expected data.standardize = false")
         if "x" not in group:
             raise InputError(f"{file}: the features are sparse; data.standardize = true expected dense ones, since "
                              "sparse ones would no longer be so")
@@ -147,8 +187,11 @@ def fingerprint(file) -> str:
     with _open(file) as f:
         digest.update(f.attrs["digest"].encode())
         for name in _parts(f):
-            digest.update(f"{name} {_shape(f[name])}".encode())
-            digest.update(f[name]["y"][:].data)
+            if "level" in f.attrs:
+                digest.update(f"{name} {f[name]['tokens'].shape}".encode())
+            else:
+                digest.update(f"{name} {_shape(f[name])}".encode())
+                digest.update(f[name]["y"][:].data)
     return digest.hexdigest()[:16]
 
 
@@ -156,6 +199,8 @@ def info(file) -> str:
     """What is in a data file, for people: a few lines of text."""
     with _open(file) as f:
         lines = [f"{file}: from {', '.join(f.attrs['sources'])}, written by mpiclip {f.attrs['package']}"]
+        if "level" in f.attrs:
+            return "\n".join([*lines, *_describe_text(f)])
         for name in _parts(f):
             group, (rows, features) = f[name], _shape(f[name])
             values = group["x"] if "x" in group else group["data"]
@@ -192,30 +237,35 @@ def write(dest, sources, train, test=None, image=None) -> None:
     dense = isinstance(x, np.ndarray) or 2 * x.nnz >= x.shape[0] * x.shape[1]
     parts = {"train": train} if test is None else {"train": train, "test": test}
     classes = np.unique(np.concatenate([y for _, y in parts.values()]))
-    temporary = f"{dest}.tmp"
-    try:
-        with h5py.File(temporary, "w") as f:
-            digest = hashlib.sha256()
-            for name, (x, y) in parts.items():
-                group = f.create_group(name)
-                group["y"] = y
-                digest.update(y.data)
-                if image is not None:
-                    group.attrs["image"] = image
-                (_write_dense if dense else _write_csr)(group, x, digest)
-            if len(classes) <= MOST_CLASSES and np.array_equal(classes, np.round(classes)):
-                f["classes"] = classes
-            version = VERSIONS[0 if image is None else 1]
-            f.attrs.update(format=FORMAT, version=version, package=__version__, sources=[str(s) for s in sources])
-            f.attrs.update(features=x.shape[1], rows=len(train[1]), digest=digest.hexdigest())
-        _sync(temporary)
-        os.replace(temporary, dest)
-        _sync(os.path.dirname(os.path.abspath(dest)))
-    except OSError as error:
-        raise InputError(f"{dest}: cannot be written: {_reason(error)}") from None
-    finally:
-        if os.path.isfile(temporary):
-            os.remove(temporary)
+    with _new(dest, 1 if image is None else 2, sources) as (f, digest):
+        for name, (x, y) in parts.items():
+            group = f.create_group(name)
+            group["y"] = y
+            digest.update(y.data)
+            if image is not None:
+                group.attrs["image"] = image
+            (_write_dense if dense else _write_csr)(group, x, digest)
+        if len(classes) <= MOST_CLASSES and np.array_equal(classes, np.round(classes)):
+            f["classes"] = classes
+        f.attrs.update(features=x.shape[1], rows=len(train[1]))
+
+
+def write_text(dest, sources, level, vocabulary, train, parts, test=None) -> None:
+    """Write a data file of a text, as `write` does: the words or characters of its `vocabulary`, the tokens of the
+    training text and its text.Parts, and (tokens, unknown) of a test text."""
+    with _new(dest, 3, sources) as (f, digest):
+        group, strings = f.create_group("train"), h5py.string_dtype()
+        f.attrs["level"], group.attrs["kind"] = level, parts.kind
+        arrays = {"tokens": train, "parts": parts.starts, "label": parts.labels}
+        for name, array in arrays.items():
+            group[name] = array
+            digest.update(array.data)
+        group.create_dataset("names", data=parts.names, dtype=strings)
+        f.create_dataset("vocabulary", data=vocabulary, dtype=strings)
+        digest.update("\0".join(vocabulary).encode())
+        if test is not None:
+            f["test/tokens"], f["test"].attrs["unknown"] = test
+            digest.update(test[0].data)
 
 
 def nonfinite(x) -> tuple[int, int, np.floating] | None:
@@ -251,6 +301,39 @@ def _open(file):
         if not h5py.is_hdf5(file):
             raise InputError(f"{file}: not an HDF5 file; make one: mpiclip data import {file} DEST.h5") from None
         raise InputError(f"{file}: truncated or damaged: {_reason(error)}") from None
+
+
+def _read_text(file, f, split, workers, ids, seed, similarity) -> Text:
+    group = f["train"]
+    count, starts, labels = len(group["tokens"]), group["parts"][:], group["label"][:]
+    if len(labels) != len(starts) - 1 or starts[0] != 0 or starts[-1] != count or np.any(np.diff(starts) <= 0):
+        raise OSError("/train/parts makes no sense")
+    if count < 2 * workers:
+        raise InputError(f"{file}: {count} tokens for {workers} workers, expected at least two tokens per worker")
+    pieces = splits.pieces(split, starts, labels, workers, seed, similarity)
+    return _text(f, "train", pieces, ids, count // workers, rotate=split == "rotate")
+
+
+def _text(f, name, pieces, ids, length, rotate=False) -> Text:
+    """The streams `ids`, of this length each, of all those whose pieces are given."""
+    n, vocabulary = len(pieces), f["vocabulary"].asstr()[:]
+    own = pieces if rotate else [pieces[i] for i in ids if i < n]
+    none = np.empty(0, np.int64)
+    starts, lengths = (np.concatenate(arrays) for arrays in zip((none, none), *own, strict=True))
+    tokens = _read_pieces(f[name]["tokens"], starts, lengths)
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(vocabulary):
+        raise OSError(f"/{name}/tokens has a number outside 0:{len(vocabulary)}")
+    begin = length * min(ids[0], n) if rotate and len(ids) else 0
+    return Text(
+        tokens=tokens,
+        offsets=np.cumsum([begin, *(length * (ids < n))], dtype=np.int64),
+        ids=ids,
+        n=n,
+        total=n * length,
+        vocabulary=tuple(vocabulary),
+        level=f.attrs["level"],
+        blocks=length * np.arange(n + 1) if rotate else None,
+    )
 
 
 def _parts(f) -> list[str]:
@@ -337,18 +420,46 @@ def _blocks(rows, indptr):
     """The positions of `rows`, by ascending row, in pieces whose first and last row lie within BLOCK numbers in the
     file. Neighbours are thus read as one slice, and what lies between scattered rows is read past, not row by row."""
     order = np.argsort(rows, kind="stable")
-    starts, ends = indptr[rows[order]], indptr[rows[order] + 1]
+    for near in _near(indptr[rows[order]], indptr[rows[order] + 1]):
+        yield order[near]
+
+
+def _near(starts, ends):
+    """Slices of these intervals, which ascend, that each lie within BLOCK numbers, or are one interval."""
     low = 0
-    while low < len(rows):
+    while low < len(starts):
         high = max(low + 1, int(np.searchsorted(ends, starts[low] + BLOCK, side="right")))
-        yield order[low:high]
+        yield slice(low, high)
         low = high
+
+
+def _read_pieces(source, starts, lengths) -> np.ndarray:
+    """source[start_0 : start_0 + length_0], then the next of these pieces, and so on, as one int32 array. They do not
+    overlap."""
+    tokens, own, order = np.empty(lengths.sum(), np.int32), np.cumsum(lengths) - lengths, np.argsort(starts)
+    for near in _near(starts[order], (starts + lengths)[order]):
+        at = order[near]
+        low = starts[at[0]]
+        block = source[low : starts[at[-1]] + lengths[at[-1]]]
+        for target, begin, length in zip(own[at], starts[at] - low, lengths[at], strict=True):
+            tokens[target : target + length] = block[begin : begin + length]
+    return tokens
 
 
 def _ranges(starts, lengths):
     """start_0, start_0 + 1, …, start_0 + length_0 − 1, start_1, …"""
     shifts = starts - np.cumsum(lengths) + lengths
     return np.repeat(shifts, lengths) + np.arange(lengths.sum())
+
+
+def _describe_text(f) -> Iterator[str]:
+    parts, unit = f["train"], {"word": "words", "char": "characters"}[f.attrs["level"]]
+    kind, count, names = parts.attrs["kind"], len(parts["label"]), len(parts["names"])
+    yield f"train  {len(parts['tokens'])} {unit}, {len(f['vocabulary'])} different ones"
+    yield f"       {count} {kind}" + (f" of {names} speakers" if kind == "turns" else "")
+    if "test" in f:
+        test, unknown = f["test"], f["test"].attrs["unknown"]
+        yield f"test   {len(test['tokens'])} {unit}" + (f", {unknown} of them read as <unk>" if unknown else "")
 
 
 def _describe(y) -> str:
@@ -359,6 +470,27 @@ def _describe(y) -> str:
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _new(dest, version, sources):
+    """(a file under a temporary name, the digest of what the caller writes to it), which then takes the place of
+    `dest`."""
+    temporary = f"{dest}.tmp"
+    try:
+        with h5py.File(temporary, "w") as f:
+            digest = hashlib.sha256()
+            yield f, digest
+            f.attrs.update(format=FORMAT, version=version, package=__version__, sources=[str(s) for s in sources])
+            f.attrs["digest"] = digest.hexdigest()
+        _sync(temporary)
+        os.replace(temporary, dest)
+        _sync(os.path.dirname(os.path.abspath(dest)))
+    except OSError as error:
+        raise InputError(f"{dest}: cannot be written: {_reason(error)}") from None
+    finally:
+        if os.path.isfile(temporary):
+            os.remove(temporary)
 
 
 def _write_dense(group, x, digest) -> None:

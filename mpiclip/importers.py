@@ -9,6 +9,7 @@ cifar    the binary files of CIFAR-10 and CIFAR-100, .bin: for each image a byte
          its coarse class, from 0 to 19, and its class, from 0 to 99, which counts; then 3 × 32 × 32 bytes. Also their
          archives, .tar.gz: as a source of training rows they are data_batch_*.bin or train.bin, as one of test rows
          test_batch.bin or test.bin
+text     words or characters of .txt and .tokens files in UTF-8, as text.py says; also .gz, .bz2, .xz
 """
 
 import bz2
@@ -20,18 +21,20 @@ import itertools
 import lzma
 import math
 import os
+import re
 import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpiclip import data
+from mpiclip import data, text
 from mpiclip.errors import InputError
 
 OPEN: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -39,6 +42,8 @@ UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 IDX_BYTES = b"\0\0\x08"
 CIFAR_IMAGE = (3, 32, 32)
 CIFAR_CLASSES = (10,), (20, 100)  # how many each label byte of a record tells apart; the last one counts
+TEXTS = ("txt", "tokens")
+LIBSVM_START = re.compile(rb"(\s*#.*\n)*\s*[-+.\d]\S*\s+\d+:[-+.\d]")
 CIFAR_TRAIN, CIFAR_TEST = ("data_batch_*.bin", "train.bin"), ("test_batch.bin", "test.bin")  # in an archive
 
 
@@ -52,17 +57,32 @@ class Part:
     image: tuple[int, ...] | None       # the shape of a row whose features are the bytes of an image
 
 
-def import_file(sources, dest, format=None, test=(), features=None, label=None) -> None:
-    """Write the rows of all `sources`, one after the other, to the data file `dest`, and beside them those of `test`.
+def import_file(sources, dest, format=None, test=(), features=None, label=None, level=None) -> None:
+    """Write the rows, or the text, of all `sources`, one after the other, to the data file `dest`, and beside them
+    those of `test`.
 
-    `format` is libsvm, csv, npz, idx or cifar; if None, each file tells: by its name if that says .csv, .npz, .bin
-    (cifar) or .tar.gz (cifar), as idx by its first bytes; else it is libsvm. Files of images and of labels pair up in
-    the order in which they stand. `features` forces the number of features, for libsvm files whose highest index may
-    lie below it; if None, the highest index of all `sources` counts. `label` is the label column of csv files, by name
-    or by number from 1; if None, the last. InputError names the file, and the line or row where there is one."""
+    `format` is libsvm, csv, npz, idx, cifar or text; if None, each file tells: by its name if that says .csv, .npz,
+    .bin (cifar), .tar.gz (cifar), .tokens or .txt (text, unless it begins like libsvm), as idx by its first bytes; else
+    it is libsvm. Files of images and of labels pair up in the order in which they stand. `features` forces the number
+    of features, for libsvm files whose highest index may lie below it; if None, the highest index of all `sources`
+    counts. `label` is the label column of csv files, by name or by number from 1; if None, the last. `level` is what
+    the tokens of a text are, word or char; if None, word. InputError names the file, and the line or row where there is
+    one."""
     if features is not None and features < 1:
         raise InputError(f"features: found {features}, expected at least 1")
     data.check_destination(dest)
+    texts = [_is_text(source, format) for source in [*sources, *test]]
+    if any(texts):
+        for option, value in (("features", features), ("label", label)):
+            if value is not None:
+                raise InputError(f"{option}: found {value!r}, but {[*sources, *test][texts.index(True)]} is text")
+        if not all(texts):
+            raise InputError(f"{[*sources, *test][texts.index(False)]}: found rows, expected text as in "
+                             f"{[*sources, *test][texts.index(True)]}")
+        _import_text(sources, dest, test, level or "word")
+        return
+    if level is not None:
+        raise InputError(f"level: found {level!r}, but {sources[0]} is not text; expected with format = 'text'")
     train_parts = _read_all(sources, format, label, CIFAR_TRAIN)
     test_parts = _read_all(test, format, label, CIFAR_TEST)
     parts = train_parts + test_parts
@@ -76,6 +96,40 @@ def import_file(sources, dest, format=None, test=(), features=None, label=None) 
     sparse = not all(isinstance(part.x, np.ndarray) for part in parts)
     train = _join(train_parts, width, sparse)
     data.write(dest, [*sources, *test], train, _join(test_parts, width, sparse) if test else None, parts[0].image)
+
+
+def _import_text(sources, dest, test, level) -> None:
+    if level not in text.LEVELS:
+        raise InputError(f"level: found {level!r}, expected one of {', '.join(text.LEVELS)}")
+    tokens, vocabulary, parts = text.encode(sources, level, _opened)
+    tested = text.encode_test(test, level, _opened, vocabulary) if test else None
+    data.write_text(dest, [*sources, *test], level, vocabulary, tokens, parts, tested)
+
+
+def _is_text(source, format) -> bool:
+    """Whether a file is text: if its name says so, and it does not begin like libsvm."""
+    if format is not None or _extension(source) not in TEXTS:
+        return format == "text"
+    with _opened(source) as file:
+        return not LIBSVM_START.match(file.peek(1000))
+
+
+def _extension(source) -> str:
+    """What a file's name ends in, compression apart."""
+    stem, suffix = os.path.splitext(source)
+    return os.path.splitext(stem if suffix in OPEN else source)[1][1:]
+
+
+@contextmanager
+def _opened(source, members=None) -> Iterator[Any]:
+    """The open file, decompressed; of an archive those files whose names match `members`. What cannot be read ends in
+    an InputError."""
+    suffix = os.path.splitext(source)[1]
+    try:
+        with _open_archive(source, members) if members else OPEN.get(suffix, open)(source, "rb") as file:
+            yield file
+    except UNREADABLE as error:
+        raise InputError(f"{source}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _read_all(sources, format, label, members) -> list[Part]:
@@ -109,27 +163,23 @@ def _read_all(sources, format, label, members) -> list[Part]:
 def _read(source, format, label, members):
     """(x, y) of one source: x (rows, features) an array or SciPy CSR matrix, y (rows,) float64; and the shape of a row
     that is an image. Of an idx file its one array, of bytes."""
-    stem, suffix = os.path.splitext(source)
-    extension = os.path.splitext(stem if suffix in OPEN else source)[1][1:]
+    extension = _extension(source)
     archive = extension in ("tar", "tgz")
     kind = format or ("cifar" if archive or extension == "bin" else extension)
     if kind not in READERS and format is not None:
-        raise InputError(f"format: found {format!r}, expected one of {', '.join(READERS)}")
-    try:
-        with _open_archive(source, members) if archive else OPEN.get(suffix, open)(source, "rb") as file:
-            if kind not in READERS:
-                kind = "idx" if file.peek(3)[:3] == IDX_BYTES else "libsvm"
-            if label is not None and kind != "csv":
-                raise InputError(f"label: found {label!r}, but {source} is {kind}, not csv")
-            read, expected = READERS[kind]
-            lines = _Lines(file)
-            try:
-                return read(lines, label)
-            except (ValueError, OverflowError) as error:
-                where = f"{source} line {lines.number}" if lines.number else source
-                raise InputError(f"{where}: {_short(error)}; {kind} expects {expected}") from None
-    except UNREADABLE as error:
-        raise InputError(f"{source}: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"format: found {format!r}, expected one of {', '.join(READERS)}, text")
+    with _opened(source, members if archive else None) as file:
+        if kind not in READERS:
+            kind = "idx" if file.peek(3)[:3] == IDX_BYTES else "libsvm"
+        if label is not None and kind != "csv":
+            raise InputError(f"label: found {label!r}, but {source} is {kind}, not csv")
+        read, expected = READERS[kind]
+        lines = _Lines(file)
+        try:
+            return read(lines, label)
+        except (ValueError, OverflowError) as error:
+            where = f"{source} line {lines.number}" if lines.number else source
+            raise InputError(f"{where}: {_short(error)}; {kind} expects {expected}") from None
 
 
 def _checked(source, x, y):

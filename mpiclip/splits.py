@@ -11,8 +11,17 @@ dirichlet_worker  per worker, the classes' shares ~ Dir(α·1_C) of N//n rows; d
 Equal means up to one row. dirichlet and similarity are the ByzFL library's "dirichlet_niid" and "gamma_similarity_niid"
 (label: its γ = 0); dirichlet_worker is the convention of the code of Allouah et al. (2023), "Fixing by mixing",
 arXiv:2302.01772.
+
+The stream of a text is cut into n blocks of equal length (up to n − 1 tokens at its end are left over), block i for
+worker i:
+
+rotate, contiguous   the stream as it is; with rotate the blocks go round from worker to worker, a pass each
+iid                  its parts (articles, speakers' turns …) in random order
+label                its parts sorted by label (stable)
+similarity           of each worker's tokens a fraction s as iid; the rest as label, from what then remains
 """
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +30,7 @@ from mpiclip.errors import InputError
 from mpiclip.streams import stream
 
 Parts = list[np.ndarray]
+Pieces = tuple[np.ndarray, np.ndarray]
 
 
 def split(name: str, labels, n: int, seed: int, alpha: float | None = None, similarity: float | None = None) -> Parts:
@@ -28,7 +38,7 @@ def split(name: str, labels, n: int, seed: int, alpha: float | None = None, simi
 
     `alpha` > 0 is α of the Dirichlet splits, `similarity` in [0, 1] is s. InputError names the config key."""
     if name not in SPLITS:
-        raise InputError(f"data.split: found {name!r}, expected one of {', '.join(SPLITS)}")
+        raise InputError(f"data.split: found {name!r}, for rows expected one of {', '.join(SPLITS)}")
     if name in BY_CLASS and (alpha is None or not 0 < alpha < np.inf):
         raise InputError(f"data.alpha: found {alpha}, expected a positive number for split = {name!r}")
     if name == "similarity" and (similarity is None or not 0 <= similarity <= 1):
@@ -37,6 +47,29 @@ def split(name: str, labels, n: int, seed: int, alpha: float | None = None, simi
         raise InputError(f"run.workers: found {n} workers for {len(labels)} rows, expected at least one row per worker")
     parts = SPLITS[name](np.asarray(labels), n, seed, similarity if name == "similarity" else alpha)
     return [np.sort(rows).astype(np.int64, copy=False) for rows in parts]
+
+
+def pieces(name: str, starts, labels, n: int, seed: int, similarity: float | None = None) -> list[Pieces]:
+    """What the streams of n workers consist of: (starts (k,), lengths (k,)) int64 of pieces of a text, in the order in
+    which they are read. Part p of the text is tokens starts[p]:starts[p+1], and has the label labels[p]."""
+    if name not in OF_TEXT:
+        raise InputError(f"data.split: found {name!r}, for a text expected one of {', '.join(OF_TEXT)}")
+    total, count = int(starts[-1]), len(labels)
+    if name in ("rotate", "contiguous"):
+        return _streams((np.zeros(1, np.int64), np.full(1, total)), np.arange(n + 1) * (total // n))
+    if count < n:
+        raise InputError(f"data.split: found {name!r} for a text of {count} parts and {n} workers, expected at least "
+                         "one part per worker, or split = 'contiguous'")
+    shared = {"iid": 1.0, "label": 0.0, "similarity": similarity}[name]
+    if shared is None or not 0 <= shared <= 1:
+        raise InputError(f"data.similarity: found {similarity}, expected a number from 0 to 1 for split = {name!r}")
+    order = stream(seed, "split").permutation(count)
+    shuffled, own = (starts[:-1][order], np.diff(starts)[order]), round(shared * (total // n))
+    [(rest, lengths)] = _streams(shuffled, [n * own, total])
+    by_label = np.lexsort((rest, labels[np.searchsorted(starts, rest, side="right") - 1]))
+    pools = zip(_streams(shuffled, np.arange(n + 1) * own),
+                _streams((rest[by_label], lengths[by_label]), np.arange(n + 1) * (total // n - own)), strict=True)
+    return [(np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])) for a, b in pools]
 
 
 def iid(labels, n, seed, _=None) -> Parts:
@@ -103,6 +136,7 @@ SPLITS: dict[str, Callable[..., Parts]] = {
     "similarity": similarity,
 }
 BY_CLASS = ("dirichlet", "dirichlet_worker")
+OF_TEXT = ("rotate", "contiguous", "iid", "label", "similarity")
 
 
 def _classes(labels) -> Parts:
@@ -118,3 +152,15 @@ def _equal(rows: int, n: int) -> np.ndarray:
 
 def _cut(rows, sizes) -> Parts:
     return np.split(rows, np.cumsum(sizes)[:-1])
+
+
+def _streams(pieces: Pieces, bounds) -> list[Pieces]:
+    """A stream that consists of these pieces, cut into tokens bounds[0]:bounds[1], bounds[1]:bounds[2] …"""
+    starts, lengths = pieces
+    ends = np.cumsum(lengths)
+    begins, cut = ends - lengths, []
+    for low, high in itertools.pairwise(bounds):
+        own = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(begins, high))
+        skipped = np.maximum(low - begins[own], 0)
+        cut.append((starts[own] + skipped, np.minimum(high, ends[own]) - begins[own] - skipped))
+    return cut
