@@ -7,6 +7,7 @@
    for a negative or NaN τ. The NumPy definition then answers. */
 
 #ifndef REAL
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -94,6 +95,24 @@ int momentum_step(const array *u, const array *m, const array *v, const array *c
 {
     constants k = {.tau = tau, .beta = beta, .scale = scale};
     return m == none ? DECLINED : clip_rows(u, m, v, c, k, taus, norms);
+}
+
+/* f_i = min(1, τ/norms_i), or τ/norms_i, e_i = f_i u_i + λ min(1, f_i) x_i, m_i = μ m_i + e_i,
+   out_i = x_i − η m_i − origin: ops.local_step. m and origin may be None. */
+int local_step(const array *x, const array *u, const array *norms, double tau, double eta, int normalize, double lambda,
+               const array *m, double mu, const array *origin, const array *out)
+{
+    if (!is_float(x, READABLE) || x->ndim < 1 || x->ndim > 2)
+        return DECLINED;
+    int number = x->dtype->number, rows = x->ndim - 1;
+    if (!fits(u, READABLE, number, x, x->ndim) || !fits(out, WRITABLE, number, x, x->ndim)
+        || !fits(norms, READABLE, FLOAT64, x, rows)
+        || (m != none && (m == x || m == u || m == out || !fits(m, WRITABLE, number, x, x->ndim)))
+        || (origin != none && (!is_dense(origin, READABLE) || origin->dtype->number != number || origin->ndim != 1
+                               || origin->shape[0] != x->shape[rows])))
+        return DECLINED;
+    return BY_DTYPE(x, local_step, x->data, u->data, norms->data, tau, eta, normalize, lambda, data(m), mu, data(origin),
+                    out->data, rows ? x->shape[0] : 1, x->shape[rows]);
 }
 
 /* v += scale mean, x −= γ v: ops.apply */
@@ -235,6 +254,15 @@ REAL NAME(factor)(double norm, double tau, double alpha)
     return factor > exact ? nextafter(factor, (REAL)0) : factor;
 }
 
+/* τ/ν rounded towards zero, at most the largest number; 0 for ν = 0: ops.local_step */
+static REAL NAME(quotient)(double tau, double norm)
+{
+    const double largest = sizeof(REAL) == sizeof(float) ? FLT_MAX : DBL_MAX;
+    double exact = norm > 0 ? tau / norm : 0;
+    REAL factor = exact < largest ? exact : largest;
+    return factor > exact ? nextafter(factor, (REAL)0) : factor;
+}
+
 /* The first pass over a piece of a row, and the second. */
 static double NAME(measure)(const REAL *u, const REAL *m, const REAL *v, double beta, size n)
 {
@@ -310,6 +338,48 @@ static int NAME(clip_rows)(const REAL *u, REAL *m, REAL *v, REAL *c, constants k
         }
     }
     free(sums);
+    return 0;
+}
+
+/* e = f u + shrink x, m = mu m + e, out = x − eta m − origin; out may be x or u, m and origin may be NULL */
+CPU_GENERATIONS static void NAME(local_step_block)(const REAL *x, const REAL *u, REAL *m, const REAL *origin, REAL *out,
+                                                   REAL f, REAL shrink, REAL mu, REAL eta, size n)
+{
+#pragma omp simd
+    for (size j = 0; j < n; j++) {
+        REAL e = f * u[j];
+        if (shrink != 0)
+            e += shrink * x[j];
+        if (m)
+            e = m[j] = mu * m[j] + e;
+        e = x[j] - eta * e;
+        out[j] = origin ? e - origin[j] : e;
+    }
+}
+
+/* local_step above; m and origin may be NULL. The threads share a row or whole rows, as in clip_rows, but backwards: the
+   cache holds what the norms were last taken of. */
+static int NAME(local_step)(const REAL *x, const REAL *u, const double *norms, double tau, double eta, int normalize,
+                            double lambda, REAL *m, double mu, const REAL *origin, REAL *out, size w, size d)
+{
+    if (!(tau >= 0))
+        return DECLINED;
+    int shared = d >= LONG_ROW;
+    size piece = shared ? CHUNK : d, pieces = shared ? (d + CHUNK - 1) / CHUNK : 1;
+#pragma omp parallel if (w * d > SMALL)
+    {
+        size all = shared ? pieces : w, first = all * thread_number() / thread_count(),
+             last = all * (thread_number() + 1) / thread_count();
+        for (size i = shared ? w : last; i-- > (shared ? 0 : first);) {
+            REAL f = normalize && isfinite(norms[i]) ? NAME(quotient)(tau, norms[i]) : NAME(factor)(norms[i], tau, 0);
+            REAL shrink = (REAL)lambda * (f > 1 ? 1 : f), *m_i = m && !isnan(f) ? m + i * d : NULL;
+            for (size p = shared ? last : 1; p-- > (shared ? first : 0);) {
+                size skip = p * piece, at = i * d + skip;
+                NAME(local_step_block)(x + at, u + at, m_i ? m_i + skip : NULL, origin ? origin + skip : NULL, out + at,
+                                       f, shrink, mu, eta, smaller(piece, d - skip));
+            }
+        }
+    }
     return 0;
 }
 

@@ -99,6 +99,52 @@ KERNEL momentum_step(const REAL* u, REAL* m, REAL* v, const double* sums, const 
     }
 }
 
+// f_i of local_step: as row_factor; where `normalize` is not 0 τ/ν_i, at most the largest number, and 0 for ν_i = 0.
+__device__ REAL step_factor(double norm, double tau, int64 normalize)
+{
+    if (!isfinite(norm)) return nan("");
+    const double largest = sizeof(REAL) == sizeof(float) ? 3.4028234663852886e38 : 1.7976931348623157e308;
+    const double exact = normalize ? norm > 0 ? min(tau / norm, largest) : 0 : norm > tau ? tau / norm : 1;
+    const REAL factor = exact;
+    return factor > exact ? nextafter(factor, REAL(0)) : factor;
+}
+
+// mpiclip.ops.local_step: f_i = min(1, τ/norms_i), or τ/norms_i; e_i = f_i u_i + λ min(1, f_i) x_i; m_i = μ m_i + e_i;
+// out_i = x_i − η m_i − origin. Without m, m_i is e_i; out may be x or u.
+KERNEL local_step(const REAL* x, const REAL* u, const double* norms, double tau, double eta, int64 normalize,
+                  double lambda, REAL* m, double mu, const REAL* origin, REAL* out, int64 d, int64 parts)
+{
+    const Share s = share(parts);
+    const REAL f = step_factor(norms[s.row], tau, normalize), shrink = REAL(lambda) * (f > 1 ? REAL(1) : f);
+    const REAL keep = mu, length = eta;
+    const bool finite = !isnan(f);                      // else m_i stays
+    const REAL* const zero = origin ? origin - s.row * d : nullptr;     // one row for all
+    const auto direction = [&](const REAL* a) { return shrink != 0 ? f * a[1] + shrink * a[0] : f * a[1]; };
+    if (m && origin) {
+        REAL* const results[] = {out, m};
+        sweep<4, 2>({x, u, m, zero}, results, d, s, [&](const REAL* a, REAL* y) {
+            const REAL e = keep * a[2] + direction(a);
+            y[0] = (a[0] - length * e) - a[3];
+            y[1] = finite ? e : a[2];
+        });
+    } else if (m) {
+        REAL* const results[] = {out, m};
+        sweep<3, 2>({x, u, m}, results, d, s, [&](const REAL* a, REAL* y) {
+            const REAL e = keep * a[2] + direction(a);
+            y[0] = a[0] - length * e;
+            y[1] = finite ? e : a[2];
+        });
+    } else if (origin) {
+        REAL* const results[] = {out};
+        sweep<3, 1>({x, u, zero}, results, d, s, [&](const REAL* a, REAL* y) {
+            y[0] = (a[0] - length * direction(a)) - a[2];
+        });
+    } else {
+        REAL* const results[] = {out};
+        sweep<2, 1>({x, u}, results, d, s, [&](const REAL* a, REAL* y) { y[0] = a[0] - length * direction(a); });
+    }
+}
+
 // mpiclip.ops.apply: v += scale mean, x −= γ v. The arrays are taken as one row.
 KERNEL apply(REAL* x, REAL* v, const REAL* mean, double gamma, double scale, int64 size)
 {

@@ -122,6 +122,40 @@ def momentum_step(u, m, v, tau, beta, scale=1.0, out=None, norms=None):
 
 
 @accelerated
+def local_step(x, u, norms, tau, eta, normalize=False, weight_decay=0.0, m=None, momentum=0.0, origin=None, out=None):
+    """A step that a worker takes by itself, row by row, as in CELGC (arXiv:2205.05040; u_i is g_i, ν_i its norm):
+    f_i = min(1, τ/ν_i), or τ/ν_i where `normalize` is true;  e_i = f_i u_i + λ min(1, f_i) x_i;  m_i = μ m_i + e_i;
+    out_i = x_i − η m_i, or (x_i − η m_i) − origin: how far the worker has got. λ is weight_decay, μ momentum; m None:
+    there is none, m_i is e_i. f_i is rounded towards zero to x's dtype, and is 0 where normalize has ν_i = 0.
+
+    x, u, m: (w, d) or (d,); m is updated in place, x and u are not. norms: float64, (w,) or (), the ν_i. tau ≥ 0, eta,
+    weight_decay, momentum: numbers, the last three rounded to x's dtype. origin: (d,). out: like x, and may be x or u;
+    None stands for x. Returns out. A row whose ν_i is not finite becomes NaN and keeps its m_i.
+    Raises ValueError where shapes or dtypes do not fit, or for a negative or NaN tau."""
+    out = x if out is None else out
+    check(u, tau, norms, x=x, m=m, out=out)
+    if origin is not None and (origin.shape != x.shape[-1:] or origin.dtype != x.dtype):
+        raise ValueError(f"origin is {origin.dtype}, shape {origin.shape}; expected {x.dtype}, shape {x.shape[-1:]}")
+    if m is not None and (m is x or m is u or m is out):
+        raise ValueError("local_step: m must be an array of its own")
+    real, finite = x.dtype.type, xp(x).isfinite(norms)
+    shorten = (norms > 0) if normalize else norms > tau
+    exact = xp(x).where(shorten, tau / xp(x).where(shorten, norms, 1), 0 if normalize else 1)
+    factor = towards_zero(xp(x).where(finite, xp(x).minimum(exact, np.finfo(x.dtype).max), np.nan), x.dtype)[..., None]
+    e = factor * u
+    if weight_decay:
+        e += real(weight_decay) * xp(x).minimum(factor, real(1)) * x
+    if m is not None:
+        new = real(momentum) * m + e
+        xp(x).copyto(m, new, where=finite[..., None])
+        e = new
+    xp(x).subtract(x, real(eta) * e, out=out)
+    if origin is not None:
+        out -= origin
+    return out
+
+
+@accelerated
 def apply(x, v, mean, gamma, scale=1.0) -> None:
     """The server's step, in place: v += scale · mean, then x −= γ v (Clip21's lines for the server, arXiv:2305.18929;
     with the scale β̂ those of Clip21-SGD2M, arXiv:2502.11682).

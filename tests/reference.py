@@ -68,10 +68,21 @@ def clip21(grads, x, K, tau, stepsize, noise=None, noisy_state=False, F=average)
     return np.array(xs)
 
 
+def double_momentum_messages(grads, x, v_i, g_i, tau, beta, beta_server, noise):
+    """What the workers of clip21_sgd2m send, (n, d); the lists v_i and g_i are updated."""
+    c = []
+    for i, grad in enumerate(grads):
+        v_i[i] = (1 - beta) * v_i[i] + beta * grad(x)
+        q_i = clip(v_i[i] - g_i[i], tau)
+        c.append(q_i + noise[i])
+        g_i[i] = g_i[i] + beta_server * q_i
+    return np.array(c)
+
+
 def clip21_sgd2m(grads, x, T, tau, stepsize, beta, beta_server, noise=None, F=average):
     """The paper's round begins with the server's step, which is null in the first one: x⁰ = x¹. noise[0][i] is added in
     that round, in which ∇f_i(x¹) is computed. Returns x¹ … x^{T+1}."""
-    n, noise = len(grads), noise or silence(T + 1, len(grads))
+    noise = noise or silence(T + 1, len(grads))
     g = np.zeros_like(x)
     v_i, g_i = [np.zeros_like(x) for _ in grads], [np.zeros_like(x) for _ in grads]
     xs = [x]
@@ -80,13 +91,7 @@ def clip21_sgd2m(grads, x, T, tau, stepsize, beta, beta_server, noise=None, F=av
         xs.append(x)
         if t == T:
             break
-        c = []
-        for i in range(n):
-            v_i[i] = (1 - beta) * v_i[i] + beta * grads[i](x)
-            q_i = clip(v_i[i] - g_i[i], tau)
-            c.append(q_i + noise[t][i])
-            g_i[i] = g_i[i] + beta_server * q_i
-        g = g + beta_server * F(np.array(c))
+        g = g + beta_server * F(double_momentum_messages(grads, x, v_i, g_i, tau, beta, beta_server, noise[t]))
     return np.array(xs[1:])
 
 
@@ -101,13 +106,7 @@ def byz_clip21_sgd2m(grads, x, T, tau, stepsize, beta, beta_server, noise=None, 
         xs.append(x)
         if t == T:
             break
-        c = []
-        for i in range(n):
-            v_i[i] = (1 - beta) * v_i[i] + beta * grads[i](x)
-            q_i = clip(v_i[i] - g_i[i], tau)
-            c.append(q_i + noise[t][i])
-            g_i[i] = g_i[i] + beta_server * q_i
-        c = attack(np.array(c))
+        c = attack(double_momentum_messages(grads, x, v_i, g_i, tau, beta, beta_server, noise[t]))
         for i in range(n):
             m_i[i] = m_i[i] + beta_server * c[i]
         g = rules(np.array(m_i))
@@ -212,30 +211,112 @@ def press_clip21(grads, x, K, tau, stepsize, C, noise=None):
     return np.array(xs)
 
 
-def celgc(grads, x, K, eta, gamma, interval, F=average):
-    """Trajectory of the averaged model, one entry a round of `interval` local steps. The workers send x_i − x."""
-    xs = [x]
-    for _ in range(K):
-        moved = []
-        for g in grads:
+def rates(eta, gamma, k, decay, decay_at):
+    """η and γ in round k."""
+    factor = decay ** len([at for at in decay_at if at <= k])
+    return factor * eta, factor * gamma
+
+
+def clipped_step(direction, norm, eta, gamma, x, weight_decay, m, momentum):
+    """(the next x, the next m) of a step along `direction` that is clipped as if `norm` were its length. What goes into
+    the momentum is shortened, so that all of it goes at the rate η; at the rate 1 where η = ∞."""
+    rate = eta if eta < np.inf else 1.0
+    shortened = (eta if norm == 0 else min(eta, gamma / norm)) / rate
+    m = momentum * m + shortened * (direction + weight_decay * x)
+    return x - rate * m, m
+
+
+def celgc(grads, x, K, eta, gamma, interval, threshold="local", weight_decay=0.0, momentum=0.0, decay=1.0, decay_at=(),
+          F=average, clipped=None):
+    """Trajectory of the averaged model, one entry a round of `interval` local steps. The workers send x_i − x. The
+    share of steps that were clipped in each round is appended to `clipped`."""
+    xs, m = [x], [np.zeros_like(x) for _ in grads]
+    for k in range(K):
+        eta_k, gamma_k = rates(eta, gamma, k, decay, decay_at)
+        recorded = np.linalg.norm(F(np.array([g(x) for g in grads])))
+        moved, count = [], 0
+        for i, g in enumerate(grads):
             x_i = x
             for _ in range(interval):
                 g_i = g(x_i)
-                norm = np.linalg.norm(g_i)
-                x_i = x_i - (eta if norm == 0 else min(eta, gamma / norm)) * g_i
+                own = np.linalg.norm(g_i)
+                norm = {"local": own, "global": recorded, "max": max(own, recorded)}[threshold]
+                count += norm * eta > gamma
+                x_i, m[i] = clipped_step(g_i, norm, eta_k, gamma_k, x_i, weight_decay, m[i], momentum)
             moved.append(x_i - x)
         x = x + F(np.array(moved))
         xs.append(x)
+        if clipped is not None:
+            clipped.append(count / interval / len(grads))
     return np.array(xs)
 
 
-def naive_parallel(grads, x, K, eta, gamma, F=average):
-    xs = [x]
-    for _ in range(K):
+def naive_parallel(grads, x, K, eta, gamma, weight_decay=0.0, momentum=0.0, decay=1.0, decay_at=(), F=average,
+                   clipped=None):
+    xs, m = [x], np.zeros_like(x)
+    for k in range(K):
+        eta_k, gamma_k = rates(eta, gamma, k, decay, decay_at)
         g = F(np.array([g(x) for g in grads]))
         norm = np.linalg.norm(g)
-        x = x - (eta if norm == 0 else min(eta, gamma / norm)) * g
+        x, m = clipped_step(g, norm, eta_k, gamma_k, x, weight_decay, m, momentum)
         xs.append(x)
+        if clipped is not None:
+            clipped.append(float(norm * eta > gamma))
+    return np.array(xs)
+
+
+def episode_step(x_i, u, clips, eta, gamma, weight_decay):
+    if not clips:
+        return x_i - eta * u - eta * weight_decay * x_i
+    rate = gamma / np.linalg.norm(u)
+    return x_i - rate * u - min(eta, rate) * weight_decay * x_i
+
+
+def episode(grads, x, K, eta, gamma, interval, weight_decay=0.0, decay=1.0, decay_at=(), F=average, clipped=None):
+    xs = [x]
+    for k in range(K):
+        eta_k, gamma_k = rates(eta, gamma, k, decay, decay_at)
+        G_i = [g(x) for g in grads]
+        G = F(np.array(G_i))
+        clips = np.linalg.norm(G) > gamma / eta
+        moved = []
+        for i, g in enumerate(grads):
+            x_i = x
+            for _ in range(interval):
+                x_i = episode_step(x_i, g(x_i) - G_i[i] + G, clips, eta_k, gamma_k, weight_decay)
+            moved.append(x_i - x)
+        x = x + F(np.array(moved))
+        xs.append(x)
+        if clipped is not None:
+            clipped.append(float(clips))
+    return np.array(xs)
+
+
+def episode_pp(grads, x, K, eta, gamma, interval, weight_decay=0.0, decay=1.0, decay_at=(), F=average, clipped=None,
+               parts=None):
+    """parts: the workers that take part in each round, all of them by default."""
+    n, xs = len(grads), [x]
+    G_i = [sum(g(x) for _ in range(interval)) / interval for g in grads]
+    G = F(np.array(G_i))
+    for k in range(K):
+        eta_k, gamma_k = rates(eta, gamma, k, decay, decay_at)
+        clips = np.linalg.norm(G) > gamma / eta
+        moved, changes, S = [], [], range(n) if parts is None else parts[k]
+        for i in S:
+            x_i, total = x, 0.0
+            for _ in range(interval):
+                g_i = grads[i](x_i)
+                total = total + g_i
+                x_i = episode_step(x_i, g_i - G_i[i] + G, clips, eta_k, gamma_k, weight_decay)
+            moved.append(x_i - x)
+            changes.append(total / interval - G_i[i])
+        x = x + F(np.array(moved))
+        xs.append(x)
+        G = G + len(S) / n * F(np.array(changes))
+        for i, change in zip(S, changes, strict=True):
+            G_i[i] = G_i[i] + change
+        if clipped is not None:
+            clipped.append(float(clips))
     return np.array(xs)
 
 

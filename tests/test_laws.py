@@ -407,10 +407,12 @@ def test_messages_of_robust_dshb_are_momenta():
 
 
 @pytest.mark.parametrize("start", [0.25, 1e6])
-def test_celgc_sends_how_far_it_went(start):
-    """However far x is from 0: no message is longer than I γ."""
-    for one in watched({"name": "celgc", "eta": 0.1, "gamma": 0.2, "interval": 3}, start=start):
-        assert 0.3 < lengths(one.sent).max() <= 3 * 0.2 + 1e-9
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_celgc_sends_how_far_it_went(start, momentum):
+    """However far x is from 0: no message is longer than I γ, or I γ/(1 − μ) with momentum."""
+    method = {"name": "celgc", "eta": 0.1, "gamma": 0.2, "interval": 3, "momentum": momentum}
+    for one in watched(method, start=start):
+        assert 0.3 < lengths(one.sent).max() <= 3 * 0.2 / (1 - momentum) + 1e-9
         np.testing.assert_allclose(one.x, one.at + one.sent.mean(0), rtol=1e-12)
 
 

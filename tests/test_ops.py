@@ -157,6 +157,52 @@ def test_momentum_step_without_momentum_is_clip_step(way, dtype):
 
 @both
 @real
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (20, 123), (3, LONG)])
+def test_local_step(way, dtype, shape, normalize):
+    """Against a loop in float64, with and without weight decay, momentum and an origin, wherever the result goes."""
+    rows, eps = math.prod(shape[:-1]), np.finfo(dtype).eps
+    x0, u, m0, origin = (vectors(s, dtype, seed) for s, seed in ((shape, 1), (shape, 2), (shape, 3), (shape[-1], 4)))
+    norms = np.array(np.linspace(0.5, 8.0, rows)).reshape(shape[:-1])
+    tau, eta, keep = 4.0, 0.3, 0.7
+    f = np.array([tau / nu if normalize or nu > tau else 1.0 for nu in norms.reshape(-1)]).reshape((*shape[:-1], 1))
+    for decay, m, start in ((0.0, None, None), (0.1, None, None), (0.0, m0, None), (0.1, m0, origin),
+                            (0.0, None, origin)):
+        e = f * u.astype(float) + decay * np.minimum(f, 1) * x0
+        e += 0 if m is None else dtype(keep) * m0.astype(float)
+        expected = x0 - dtype(eta) * e - (0 if start is None else start.astype(float))
+        for to in ("x", "u", "new"):
+            x, g, kept = x0.copy(), u.copy(), None if m is None else m.copy()
+            out = {"x": None, "u": g, "new": np.empty_like(x)}[to]
+            more = {} if m is None else {"m": kept, "momentum": keep}
+            result = way(ops.local_step)(x, g, norms, tau, eta, normalize, decay, **more, origin=start, out=out)
+            assert result is (x if out is None else out)
+            np.testing.assert_allclose(result, expected, rtol=0, atol=100 * eps)
+            assert m is None or np.allclose(kept, e, rtol=0, atol=100 * eps)
+            assert to == "x" or np.array_equal(x, x0)
+            assert to == "u" or np.array_equal(g, u)
+
+
+@both
+@real
+def test_local_step_without_more_is_a_clipped_step(way, dtype):
+    """To the last bit; and no step is longer than η τ, nor any that is normalised, however short or tiny u is."""
+    x, u = vectors((6, 90), dtype), vectors((6, 90), dtype, 2) * np.logspace(-3, 3, 6, dtype=dtype)[:, None]
+    expected = x - dtype(0.3) * ops.clip(u, 2.0)
+    assert way(ops.local_step)(x, u, ops.norms(u), 2.0, 0.3).tobytes() == expected.tobytes()
+    norms, m = np.array([1, np.nan, np.inf, 2, 3, 5]), u.copy()     # rows that are not finite do not enter m
+    got = way(ops.local_step)(x.copy(), u, norms, 2.0, 0.3, m=m, momentum=0.5)
+    assert np.isnan(got[1:3]).all() and np.isfinite(got[[0, 3, 4, 5]]).all()
+    assert np.array_equal(m[1:3], u[1:3]) and not np.isclose(m[[0, 3, 4, 5]], u[[0, 3, 4, 5]]).any()
+    tiny = np.finfo(dtype).tiny
+    u = np.array([[0, 0], [3 * tiny, 4 * tiny], [3e3, 4e3]], dtype)
+    got = way(ops.local_step)(np.zeros_like(u), u, np.array([0, 5 * tiny, 5e3]), 1.0, 0.5, normalize=True)
+    np.testing.assert_allclose(got[[0, 2]], [[0, 0], [-0.3, -0.4]], rtol=1e-6)
+    assert np.isfinite(got).all() and (np.linalg.norm(got, axis=1) <= 0.5 * (1 + 4 * np.finfo(dtype).eps)).all()
+
+
+@both
+@real
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize("shape", [(5,), (123,), (3, 4, 5), (LONG,)])
 def test_apply(way, dtype, shape, scale):
@@ -313,6 +359,7 @@ def test_empty(way, dtype, shape):
     assert way(ops.clip_step)(u, u.copy(), 1.0).shape == shape
     assert way(ops.normalize_step)(u, u.copy(), 1.0, 1.0).shape == shape
     assert way(ops.momentum_step)(u, u.copy(), u.copy(), 1.0, 0.5).shape == shape
+    assert way(ops.local_step)(u, u.copy(), np.zeros(shape[:-1]), 1.0, 0.5).shape == shape
     way(ops.apply)(u, u.copy(), u.copy(), 1.0)
     if len(shape) == 2:
         assert np.array_equal(way(ops.row_sum)(u), np.zeros(shape[1], dtype))
@@ -374,7 +421,7 @@ def test_mistakes_are_named(way):
     fixed = np.zeros((2, 3), np.float32)
     fixed.flags.writeable = False
     clip, step, apply, row_sum, norms = map(way, (ops.clip, ops.clip_step, ops.apply, ops.row_sum, ops.norms))
-    normalize, momentum = way(ops.normalize_step), way(ops.momentum_step)
+    normalize, momentum, local = way(ops.normalize_step), way(ops.momentum_step), way(ops.local_step)
     for message, call in {
         "tau is -1": lambda: clip(u, -1.0), "tau is nan": lambda: clip(u, math.nan),
         r"tau is \[": lambda: step(u, v, np.array([1.0, -1.0])), "tau has the shape": lambda: clip(u, np.ones(3)),
@@ -394,6 +441,10 @@ def test_mistakes_are_named(way):
         " must be three arrays": lambda: momentum(u, u.copy(), v, 1.0, 0.5, out=v),
         "u has the shape": lambda: row_sum(u[0]), "expected float32, shape": lambda: row_sum(u, out=np.zeros(3)),
         "u is int64": lambda: clip(np.ones((2, 3), np.int64), 1.0), r"shape \(\)": lambda: norms(np.zeros(())),
+        "x is float32, shape": lambda: local(v[:1], u, np.ones(2), 1.0, 0.5),
+        "norms is float64, shape ": lambda: local(v, u, np.ones(3), 1.0, 0.5), "tau is -3": lambda: local(
+            v, u, np.ones(2), -3.0, 0.5), "origin is float32": lambda: local(v, u, np.ones(2), 1.0, 0.5, origin=u),
+        "m must be an array of its own": lambda: local(v, u, np.ones(2), 1.0, 0.5, m=u, momentum=0.1),
         "read-only": lambda: clip(u, 1.0, out=fixed), "read-only ": lambda: step(u, fixed, 1.0),
     }.items():
         with pytest.raises(ValueError, match=message.strip()):
@@ -409,6 +460,8 @@ CALLS = {                      # name: the arrays that a call gives back or chan
     "clip_step": lambda f, u, v, tau: (f(u, v, tau), v),
     "normalize_step": lambda f, u, v, tau: (f(u, v, 4.0, 3.0), v),
     "momentum_step": lambda f, u, v, tau: (f(u, m := u[::-1].copy(), v, tau, 0.3, 0.2), m, v),
+    "local_step": lambda f, u, v, tau: (f(v, u, np.linspace(1, 9, len(u)), 3.0, 0.3, False, 0.1, m := u[::-1].copy(),
+                                          0.4, u[0].copy()), m),
     "apply": lambda f, u, v, tau: (f(u, v, u[::-1].copy(), 0.1, 0.4), u, v)[1:],
     "row_sum": lambda f, u, v, tau: (f(u, 0.1),),
 }

@@ -12,11 +12,17 @@ s               the state. s.x is the server's model, which `round` updates in p
                 s.x, of the columns that this rank serves. What is in s is checkpointed.
 workers         grad(x) → ∇f_i(x) (w, d), yours to overwrite until the next call; x is (d,), or (w, d): a point each
 aggregate(u_i)  (w, d) → the mean over all n workers, or what the robust rules make of them: this rank's columns, valid
-                until the next call; aggregate.norm(u) is the norm of such a server vector. aggregate(u_i, onto=s.m,
+                until the next call; aggregate.norm(u) is the norm of such a server vector, and aggregate.join(u) all
+                of it (d,), on every rank: in the memory of x, which is gone then. aggregate(u_i, onto=s.m,
                 scale=β̂) is for a server that keeps a vector for each of the n workers, s.m (n, columns): m_i += β̂ u_i,
                 and it is the m_i that are averaged, or that the rules see
 
 A method that clips keeps s.clipped_i: the share of its steps in this round in which a worker clipped.
+
+Where only S of the n workers take part in a round, it is called with those: arrays `_i` have rows for them alone, on
+some ranks perhaps none. `partial` says what `aggregate` then divides their sum by: S ("mean": gradients, or models), or
+n ("sum": changes of something that the server keeps the mean of, where the others' did not change); None: the method
+wants all workers. `start` is called once, before round 0, with all of them.
 
 workers.noise(u_i, σ) adds what makes the messages private, if anything does. A method whose messages it has to protect
 says how long they can be, `bound`: what it sends is then at most that long, whatever a worker's data are."""
@@ -55,6 +61,7 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
     sends_gradients: ClassVar[bool] = True      # or momenta of gradients, clipped or not; False: changes of something
+    partial: ClassVar[Literal["mean", "sum"] | None] = "mean"
     sigma: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -69,12 +76,20 @@ class Method(BaseModel):
         """How many gradients a worker computes in a round."""
         return 1
 
+    @property
+    def first_gradients(self) -> int:
+        """How many gradients a worker computes in `start`."""
+        return 0
+
     def bound(self) -> float | None:
         """The length that no worker's message can exceed, before the noise; None: there is none."""
         return None
 
     def init(self, s: Any, workers: Any) -> None:
         """Declare the state beside s.x."""
+
+    def start(self, x, s: Any, workers: Any, aggregate: Any) -> None:
+        """What happens once, before round 0: arguments as of `round`. Its minibatches are its own."""
 
     def round(self, x, s: Any, workers: Any, aggregate: Any) -> None:
         """One round: updates s.x, and whatever else is in s."""
@@ -83,7 +98,7 @@ class Method(BaseModel):
 
 def names() -> list[str]:
     """The methods there are: the files of this folder."""
-    return [module.name for module in pkgutil.iter_modules(__path__)]
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
 def load(name: str) -> type[Method]:

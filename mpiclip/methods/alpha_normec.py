@@ -24,6 +24,7 @@ class AlphaNormEC(Method):
     stepsize: StepSize                                  # γ
     normalized: bool = False                            # whether γ is the length of the server's step
     sends_gradients: ClassVar[bool] = False
+    partial = "sum"
 
     def bound(self):
         return self.beta

@@ -3,9 +3,10 @@
 Islamov, Malinovsky, Gaponov, Lucchi, Richtárik, Gorbunov (2026), "Byzantine-robust and differentially private federated
 optimization under weaker assumptions", arXiv:2603.23472."""
 
+from typing import ClassVar, Literal
+
 import numpy as np
 
-from .. import ops
 from .clip21_sgd2m import Clip21SGD2M
 
 
@@ -17,14 +18,13 @@ class ByzClip21SGD2M(Clip21SGD2M):
     Clip21-SGD2M itself applies rules to the messages c_i, and adds the results up: what gets past them once stays in
     its g for ever. Here F sees how far each worker has got in all. Where F is the mean, the two are the same."""
 
+    partial: ClassVar[Literal["mean", "sum"] | None] = None     # the server keeps all workers' vectors
+
     def init(self, s, workers):
         s.v_i, s.g_i = workers.zeros(), workers.zeros()
         s.m = np.zeros_like(s.x, shape=(workers.n, len(s.x)))
         s.norm_i, s.clipped_i = workers.zeros(()), workers.zeros(())
 
     def round(self, x, s, workers, aggregate):
-        u_i = workers.grad(x)
-        c_i = ops.momentum_step(u_i, s.v_i, s.g_i, self.tau, self.beta, self.beta_server, out=u_i, norms=s.norm_i)
-        s.clipped_i[:] = s.norm_i > self.tau
-        workers.noise(c_i, self.sigma)                                                  # c_i + z_i
+        c_i = self.message(x, s, workers)
         s.x -= self.stepsize * aggregate(c_i, onto=s.m, scale=self.beta_server)         # m_i += β̂ (c_i + z_i);  F(m)

@@ -29,6 +29,7 @@ class Clip21(Method):
     stepsize: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["1/L", "theory"]      # γ
     noisy_state: bool = False
     sends_gradients: ClassVar[bool] = False
+    partial = "sum"
 
     def bound(self):
         return self.tau

@@ -13,6 +13,7 @@ class Clip21Avg(Method):
     ‖a_i − v_i‖ falls by τ a round, so x is the mean of the a_i after ⌈max_i ‖a_i‖/τ⌉ rounds. It must start at 0."""
 
     tau: Threshold              # τ
+    partial = "sum"
 
     def init(self, s, workers):
         s.v_i = workers.zeros()

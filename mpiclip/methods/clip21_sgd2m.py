@@ -4,7 +4,7 @@ noise of differential privacy.
 Islamov, Horváth, Lucchi, Richtárik, Gorbunov (2025), "Double momentum and error feedback for clipping with fast rates
 and differential privacy", arXiv:2502.11682, Algorithm 1."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -25,6 +25,7 @@ class Clip21SGD2M(Method):
     beta: float = Field(gt=0, le=1)             # β, the weight of the new gradient in a worker's momentum
     beta_server: float = Field(gt=0, le=1)      # β̂, how much of a message is taken in
     sends_gradients: ClassVar[bool] = False
+    partial: ClassVar[Literal["mean", "sum"] | None] = "sum"
 
     def bound(self):
         return self.tau
@@ -35,8 +36,13 @@ class Clip21SGD2M(Method):
         s.norm_i, s.clipped_i = workers.zeros(()), workers.zeros(())
 
     def round(self, x, s, workers, aggregate):
+        c_i = self.message(x, s, workers)
+        ops.apply(s.x, s.g, aggregate(c_i), self.stepsize, self.beta_server)   # g += (β̂/n) Σ c_i;  x −= γ g
+
+    def message(self, x, s, workers):
+        """What the workers send, c_i + z_i (w, d); v_i and g_i take their steps."""
         u_i = workers.grad(x)
         c_i = ops.momentum_step(u_i, s.v_i, s.g_i, self.tau, self.beta, self.beta_server, out=u_i, norms=s.norm_i)
         s.clipped_i[:] = s.norm_i > self.tau
-        workers.noise(c_i, self.sigma)                                         # c_i + z_i
-        ops.apply(s.x, s.g, aggregate(c_i), self.stepsize, self.beta_server)   # g += (β̂/n) Σ c_i;  x −= γ g
+        workers.noise(c_i, self.sigma)
+        return c_i

@@ -22,6 +22,7 @@ class EF21(Method):
     stepsize: StepSize                          # γ
     contractive: ClassVar[bool] = True          # what C has to be
     sends_gradients: ClassVar[bool] = False
+    partial = "sum"
 
     def init(self, s, workers):
         s.g_i = workers.zeros()

@@ -2,20 +2,29 @@
 
 Liu, Zhuang, Lei, Liao (2022), arXiv:2205.05040, section 5."""
 
-from . import Method, Positive
+import numpy as np
+from pydantic import Field
+
+from .. import ops
+from ._steps import ClippedSteps
 
 
-class NaiveParallelGC(Method):
-    """x ← x − min(η, γ/‖ḡ‖) ḡ with ḡ = (1/n) Σ g_i"""
+class NaiveParallelGC(ClippedSteps):
+    """x ← x − min(η, γ/‖ḡ‖) (ḡ + λ x) with ḡ = (1/n) Σ g_i. With momentum μ the server keeps
+    m ← μ m + min(1, γ/(η ‖ḡ‖)) (ḡ + λ x), from 0, and steps x ← x − η m, as CELGC's workers do."""
 
-    eta: Positive           # η, the step size
-    gamma: Positive         # γ, the longest step: ḡ is clipped at norm γ/η
+    momentum: float = Field(0.0, ge=0, lt=1)    # μ
 
     def init(self, s, workers):
         s.clipped_i = workers.zeros(())
+        if self.momentum:
+            s.m = np.zeros_like(s.x)
 
     def round(self, x, s, workers, aggregate):
+        constants = self.step(workers.round)
+        if self.momentum:
+            constants |= {"m": s.m, "momentum": self.momentum}
         g = aggregate(workers.grad(x))
         norm = aggregate.norm(g)
-        s.clipped_i[:] = norm > self.gamma / self.eta
-        s.x -= min(self.eta, self.gamma / norm if norm > 0 else self.eta) * g
+        s.clipped_i[:] = norm > self.threshold_on_norm
+        ops.local_step(s.x, g, workers.device.xp.full((), norm), **constants)

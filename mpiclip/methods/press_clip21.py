@@ -23,6 +23,7 @@ class PressClip21(Method):
     stepsize: StepSize                          # γ
     contractive: ClassVar[bool] = True          # what C has to be
     sends_gradients: ClassVar[bool] = False
+    partial = "sum"
 
     def bound(self):
         return self.tau

@@ -49,7 +49,11 @@ CASES = {
     "safe_dshb": {"tau": 2.0, "stepsize": 0.3, "beta": 0.4},
     "alpha_normec": {"alpha": 0.5, "beta": 0.8, "stepsize": 0.1},
     "celgc": {"eta": 0.1, "gamma": 0.2, "interval": 3},
+    "celgc, global": {"eta": 0.1, "gamma": 0.2, "interval": 3, "threshold": "global", "weight_decay": 0.02,
+                      "momentum": 0.4},
     "naive_parallel": {"eta": 0.3, "gamma": 0.4},
+    "episode": {"eta": 0.1, "gamma": 0.2, "interval": 3},
+    "episode_pp": {"eta": 0.1, "gamma": 0.2, "interval": 3},
 }
 
 
