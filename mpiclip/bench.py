@@ -201,8 +201,9 @@ def _lines(d: int, result: dict[str, float], limits: dict[str, float]) -> list[d
 
 def exchange(comm: Comm) -> list[dict]:
     """The mean of a float32 vector from every rank, through MPI as all-reduce and as column exchange, and on the board
-    in shared memory; a whole Clip21 round but for the gradient; and robust aggregation of one vector a rank, by three
-    ranks or more: milliseconds, and the ratio to a bare MPI_Allreduce of the same bytes."""
+    in shared memory; a whole Clip21 round but for the gradient; what a round of CELGC, on the board and through MPI,
+    takes beyond its local steps; and robust aggregation of one vector a rank, by three ranks or more: milliseconds, and
+    the ratio to a bare MPI_Allreduce of the same bytes."""
     if comm.size == 1:
         raise InputError("bench exchange: one rank exchanges nothing; start it with mpirun -n 2 (or more)")
     return [line for d in (123, 10**4, 10**5, 10**6, 10**7) for line in _exchange(comm, d)]
@@ -223,14 +224,22 @@ def _exchange(comm: Comm, d: int) -> list[dict]:
         whole = server.join(server.mean(server.mine))
         np.testing.assert_allclose(whole, total / comm.size, rtol=1e-4, atol=1e-5, err_msg=name)
     chosen = new()
+    chosen.mine[:] = g_i
+    through = {"board": chosen, "MPI": servers["mean, MPI exchange"]}
     result = race({"MPI_Allreduce": lambda: comm.mpi.Allreduce(g_i[0], total),
                    **{name: partial(lambda s: s.join(s.mean(s.mine)), server) for name, server in servers.items()},
-                   "Clip21 round": _clip21_round(chosen, chosen.mine),
+                   "Clip21 round": _round(chosen, methods.Clip21(tau=1.0, stepsize=0.1)),
+                   **{f"{steps} {name}": _round(server, methods.CELGC(eta=1.0, gamma=1.0, interval=steps))
+                      for name, server in through.items() for steps in (1, STEPS)},
                    **_robust_rounds(servers)}, comm)
+    for name in through:                    # without the time of a step, of which there were one, and STEPS
+        one, many = result.pop(f"1 {name}"), result.pop(f"{STEPS} {name}")
+        result[f"CELGC overhead, {name}"] = one - (many - one) / (STEPS - 1)
     return _lines(d, result, dict.fromkeys(result, result["MPI_Allreduce"]))
 
 
 ROBUST = ["arc", "nnm", "trimmed_mean"]
+STEPS = 5
 
 
 def _robust_rounds(servers: dict[str, Server]) -> dict[str, Callable]:
@@ -245,20 +254,20 @@ def _robust_rounds(servers: dict[str, Server]) -> dict[str, Callable]:
     return rounds
 
 
-def _clip21_round(server: Server, g_i) -> Callable:
-    """A round of Clip21 whose gradient costs nothing: what is in g_i. Its norm is checked, and the ranks agree."""
-    method = methods.Clip21(tau=1.0, stepsize=0.1)
+def _round(server: Server, method: methods.Method) -> Callable:
+    """A round whose gradients cost nothing: what is there. Their norm is checked, and the ranks agree."""
     free = SimpleNamespace(loss_grad=lambda x, data, batch, out, loss, clip: (None, out))
     comm = server.comm
-    workers = Workers(free, None, None, np.array([comm.rank]), server.d, "float32", server.device, comm, g_i, 0, None,
-                      comm.size, False)
+    workers = Workers(free, None, None, np.array([comm.rank]), server.d, "float32", server.device, comm, server.mine, 0,
+                      None, comm.size, False)
     s = SimpleNamespace(x=np.zeros(server.own.stop - server.own.start, np.float32))
     method.init(s, workers)
     aggregate = Aggregation(server)
+    x = server.join(s.x)
 
     def round():
         workers.begin(workers.round + 1)
-        method.round(None, s, workers, aggregate)
+        method.round(x, s, workers, aggregate)
         server.join(s.x)
     return round
 
@@ -302,6 +311,7 @@ def _check_rules(xp) -> None:
         _close(rule.__name__, rule(X, *constants, E=E, W=W),
                rule.definition(exact[0], *constants, E=exact[1], W=W))      # type: ignore[attr-defined]
     _close("combine", columns.combine(X, W[0], E), columns.combine.definition(exact[0], W[0], exact[1]))
+    _close("mixed", columns.mixed(X, W, E, W[0]), columns.mixed.definition(exact[0], W, exact[1], W[0]))
     _close("gram", columns.gram(X, E), columns.gram.definition(*exact[:2]))
     for label, names in CHAINS.items():
         _close(label, aggregate(X, names, f), aggregate(exact[0], names, f))
@@ -434,7 +444,11 @@ def _our_chains(name: str, X, n: int, f: int) -> tuple[Any, dict[str, Callable]]
         except InputError:          # a rule that is not made for so many rows
             continue
     if MIXED in calls:
-        calls[MIXED] = lambda X: RULES["nnm"](Rows(X), f).columns()
+        def mixed(X):
+            rows = Rows(X)
+            rows.measure()
+            return RULES["nnm"](rows, f).columns()
+        calls[MIXED] = mixed
     gpu = device.cupy() if name == "mpiclip, cuda" else None
     X = X if gpu is None else gpu.asarray(X)
     for call in calls.values():     # loads what is loaded at first use, which is no memory of the rules

@@ -28,7 +28,9 @@ import numpy as np
 
 from . import disk
 from .comm import Comm
+from .device import host
 from .errors import InputError
+from .server import Server
 
 FORMAT = ("v110", "v110")        # HDF5's own structures carry checksums; any HDF5 since 1.10 reads it
 ROOM = 1 << 16                   # bytes: more than the structures of an empty file
@@ -48,6 +50,38 @@ class Piece:
     shape: tuple[int, ...]
     dtype: Any
     parts: Sequence[tuple[int, np.ndarray]]
+
+
+def piece(name: str, array: Any, server: Server, ids: np.ndarray) -> Piece:
+    """What this rank holds of the state called `name`: the rows of its workers `ids` where it ends in `_i`, or the
+    columns that it serves."""
+    array = np.ascontiguousarray(host(array))
+    if name.endswith("_i"):
+        width = math.prod(array.shape[1:])
+        return Piece((server.n, *array.shape[1:]), array.dtype, [(int(ids[0]) * width, array)])
+    shape = (*array.shape[:-1], server.d)
+    mine = server.at != "replicated" or server.comm.rank == 0
+    return Piece(shape, array.dtype, [(row * server.d + server.own.start, part)
+                                      for row, part in enumerate(_vectors(array))] if mine else [])
+
+
+def restore(saved: Checkpoint, name: str, array: Any, server: Server, ids: np.ndarray) -> None:
+    """Fill the array called `name` with what a checkpoint has of this rank's piece. InputError where shapes differ."""
+    here = piece(name, array, server, ids)
+    if saved.shape(name) != here.shape:
+        raise InputError(f"{saved.path}: state {name}: shape {saved.shape(name)}, expected {here.shape}")
+    if name.endswith("_i"):
+        (offset, part), = here.parts
+        array[...] = server.device.put(saved.read(name, offset, part.size).reshape(part.shape))
+    else:
+        d, own = server.d, server.own
+        for row, part in enumerate(_vectors(array)):
+            part[:] = server.device.put(saved.read(name, row * d + own.start, own.stop - own.start))
+
+
+def _vectors(array: Any) -> Any:
+    """A server array (…, columns) as (vectors, columns), also where this rank serves no columns."""
+    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -118,12 +152,13 @@ def save(dir: str | Path, comm: Comm, round: int, pieces: dict[str, Piece], head
 class Checkpoint:
     """A checkpoint that was verified, open for reading on this rank.
 
+    path            the file
     round, header   as saved
     names           of the arrays
     warnings        newer checkpoints that were passed over, and why"""
 
     def __init__(self, path: Path, round: int, layout: Layout, header: dict[str, Any], warnings: list[str]):
-        self.round, self.header, self.warnings = round, header, warnings
+        self.path, self.round, self.header, self.warnings = path, round, header, warnings
         self.names = list(layout.arrays)
         self._layout = layout
         self._fd = os.open(path, os.O_RDONLY)

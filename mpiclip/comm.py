@@ -7,9 +7,11 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +22,8 @@ from .errors import InputError
 
 # Read by MPI when it starts. A user's own setting wins.
 os.environ.setdefault("OMPI_MCA_btl", "^ofi")        # Open MPI's ofi BTL sleeps for one second in every MPI_Init
+
+PAUSE = 1e-3        # seconds between two calls of MPI while an exchange travels behind other work
 
 
 def started_as() -> int:
@@ -59,14 +63,14 @@ class Comm:
     """The ranks of one run. `mpi` is an mpi4py communicator, or None: this process alone.
 
     `sent` counts the bytes this rank has sent to others (the payload, at the volume of a bandwidth-optimal algorithm),
-    `seconds` the time spent in exchanging vectors."""
+    `seconds` the time spent in exchanging vectors, `hidden` that in which they travelled behind other work."""
 
     def __init__(self, mpi: Any = None):
         self.mpi = mpi
         self.rank: int = mpi.rank if mpi else 0
         self.size: int = mpi.size if mpi else 1
         self.sent = 0
-        self.seconds = 0.0
+        self.seconds = self.hidden = 0.0
         places = self.all((socket.gethostname(), cores()))
         here = [r for r in range(self.size) if places[r][0] == places[self.rank][0]]
         self.hosts = len({host for host, _ in places})
@@ -123,6 +127,12 @@ class Comm:
         """Wait for all ranks."""
         if self.size > 1:
             self.mpi.Barrier()
+
+    def travel(self, request: Any, poked: bool = True) -> Travel:
+        """A non-blocking exchange, just begun, that is under way while this rank does something else. poked: a thread
+        may call MPI meanwhile, if MPI allows it."""
+        from mpi4py import MPI
+        return Travel(self, request, poked and MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
     def shared(self, shape: tuple[int, ...], dtype) -> np.ndarray | None:
         """An array of zeros in memory that all ranks share, or None: for one rank, for ranks on several hosts, and
@@ -185,6 +195,42 @@ class Comm:
         if failed:
             where = "" if len(failed) == self.size else f" (rank {failed[0]})"
             raise InputError(messages[failed[0]] + where, agreed=True)
+
+
+class Travel:
+    """An exchange that is under way. MPI goes on with one almost only while it is called, so a thread calls it now and
+    then, and leaves the processor to the work. (benchmarks/README.md compares this with other ways.)"""
+
+    def __init__(self, comm: Comm, request: Any, poked: bool):
+        self._comm, self._request = comm, request
+        self._began, self._arrived = perf_counter(), inf
+        self._error: Exception | None = None
+        self._wanted = threading.Event()
+        self._thread = threading.Thread(target=self._poke, daemon=True) if poked else None
+        if self._thread:
+            self._thread.start()
+
+    def _poke(self) -> None:
+        try:
+            while not self._wanted.wait(PAUSE):
+                if self._request.Test():
+                    self._arrived = perf_counter()
+                    return
+        except Exception as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait until it has arrived."""
+        now = perf_counter()
+        if self._thread:
+            self._wanted.set()
+            self._thread.join()
+        if self._error:
+            raise self._error
+        if self._arrived == inf:
+            self._request.Wait()
+        if self._thread:
+            self._comm.hidden += min(now, self._arrived) - self._began
 
 
 def _create(size: int) -> tuple[mmap.mmap | None, str | None]:

@@ -23,10 +23,10 @@ class Table(BaseModel):
 
 
 class Data(Table):
-    """[data]: the data set and how its rows are split over the workers."""
+    """[data]: the data set and how its rows, or its text, are split over the workers."""
 
     file: str                                                   # an HDF5 file made by `mpiclip data import`
-    split: Literal["iid", "contiguous", "label", "dirichlet", "dirichlet_worker", "similarity"] = "iid"
+    split: Literal["iid", "contiguous", "label", "dirichlet", "dirichlet_worker", "similarity", "rotate"] = "iid"
     alpha: float | None = Field(None, gt=0)                     # of the two Dirichlet splits
     similarity: float | None = Field(None, ge=0, le=1)          # of the similarity split: the share that is i.i.d.
     standardize: bool = False                                   # features of mean 0 and standard deviation 1
@@ -58,6 +58,7 @@ class Run(Table):
     """[run]: how much, with what, and how often to look."""
 
     workers: int | None = Field(None, ge=1)                     # default: one a rank
+    participation: int | None = Field(None, ge=1)               # workers drawn for each round; default: all
     rounds: int = Field(100, ge=0)
     seed: int = Field(0, ge=0, lt=2**64)
     batch: Literal["full"] | int = "full"                       # or rows per worker and gradient
@@ -171,6 +172,15 @@ def _check_together(config: Config, where: str) -> None:
             if (getattr(data, key) is not None) != (key == needs):
                 verb = "needs" if key == needs else "does not use"
                 raise InputError(f"{where}: data.{key}: the split '{data.split}' {verb} it")
+    if run.participation is not None:
+        if config.method.partial is None:
+            able = [name for name in methods.names() if methods.load(name).partial]
+            raise InputError(f"{where}: run.participation = {run.participation}: '{config.method.name}' wants all "
+                             f"workers in every round; expected one of {', '.join(able)}")
+        if agg.rules or agg.attack or config.method.private:
+            raise InputError(f"{where}: run.participation = {run.participation}: what rules tolerate, and what noise "
+                             "protects, is known of all workers only; expected no aggregate.rules, no aggregate.attack "
+                             "and no method.sigma or method.epsilon")
     if run.batch != "full" and run.batch < 1:
         raise InputError(f"{where}: run.batch = {run.batch}: expected \"full\", or at least 1 row per worker")
     for key, asked, usual in (("batch", run.batch, "full"), ("eval_rows", run.eval_rows, "all")):

@@ -14,8 +14,9 @@ from . import disk, record
 from .errors import InputError, unknown
 from .show import about, by_number, flatten, folders, labels, setting, varying
 
-AXES = {"round": "round", "seconds": "time (s)", "bytes": "bytes sent per rank", "loss": "f(x)",
-        "grad_norm": "‖∇f(x)‖", "accuracy": "test accuracy", "clipped": "share of workers clipped",
+AXES = {"round": "round", "epochs": "passes over the data", "seconds": "time (s)", "bytes": "bytes sent per rank",
+        "loss": "f(x)", "grad_norm": "‖∇f(x)‖", "accuracy": "test accuracy", "perplexity": "test perplexity",
+        "clipped": "share of workers clipped",
         "epsilon": "privacy spent, ε", "shortened": "rows shortened a round", "left_out": "rows left out a round",
         "replaced": "rows not finite a round", "suspicion": "distance to the aggregate"}
 LINEAR = {"accuracy", "clipped", "shortened", "left_out", "replaced"}       # shares and counts: never logarithmic

@@ -52,9 +52,10 @@ def sweep(sources: Sequence[str | os.PathLike | dict], grid: Sequence[str] = (),
     """Run every combination of configs and of the values of their grids, on this rank and all the others.
 
     sources: configs as mpiclip.train takes them, which may have a table [grid]. grid: "table.key=v1,v2" strings that
-    add to it, or override it. settings: "table.key=value" strings for all runs. out: the folder of the runs' folders;
-    default: runs/NAME-OF-CONFIG. ranks: groups of so many ranks run at the same time, each another run; default: all
-    ranks do one run after the other. progress: say on stderr how it goes.
+    add to it, or override it; "method.interval,run.rounds" has lists of values, for keys that change together.
+    settings: "table.key=value" strings for all runs. out: the folder of the runs' folders; default:
+    runs/NAME-OF-CONFIG. ranks: groups of so many ranks run at the same time, each another run; default: all ranks do
+    one run after the other. progress: say on stderr how it goes.
 
     Called again, it goes on: runs that are done stay as they are, others go on from their newest checkpoint, and those
     that have none start anew. Raises InputError, on all ranks, before anything runs: for a combination that cannot be,
@@ -89,17 +90,24 @@ def family(sources: Sequence[str | os.PathLike | dict], grid: Sequence[str] = ()
         where = "config" if isinstance(source, dict) else str(source)
         axes = _axes(own, where) | dict(map(_option, grid))
         for setting in settings:
-            if (key := setting.partition("=")[0].strip()) in axes:
+            if (key := setting.partition("=")[0].strip()) in ",".join(axes).split(","):
                 raise InputError(f"--set {setting}: the grid varies {key}; expected --grid {key}=… for other values")
         head = [stem] if len(sources) > 1 or not axes else []
-        last = Counter(key.rpartition(".")[2] for key in axes)
+        last = Counter(key.partition(",")[0].rpartition(".")[2] for key in axes)
         for values in product(*axes.values()):
             combined = deepcopy(tables)
-            pairs = list(zip(axes, values, strict=True))
+            chosen = list(zip(axes, values, strict=True))
+            pairs = [pair for key, value in chosen for pair in
+                     (zip(key.split(","), value, strict=True) if "," in key else [(key, value)])]
             for key, value in sorted(pairs, key=lambda pair: pair[0].count(".")):       # whole tables first
                 _put(combined, key, value)
-            parts = [_part(key if last[key.rpartition(".")[2]] > 1 else key.rpartition(".")[2], value, axes[key])
-                     for key, value in pairs]
+            parts = []
+            for key, value in chosen:
+                if "," in key:                      # the first of keys that change together names them
+                    key, value, among = key.partition(",")[0], value[0], [value[0] for value in axes[key]]
+                else:
+                    among = axes[key]
+                parts.append(_part(key if last[key.rpartition(".")[2]] > 1 else key.rpartition(".")[2], value, among))
             found.append(("-".join(head + parts), [str(where), *pairs], combined))
     members: dict[str, Config] = {}
     names = _names([name for name, *_ in found], [origin for _, origin, _ in found])
@@ -126,19 +134,28 @@ def _axes(grid: Any, where: str, prefix: str = "") -> dict[str, list]:
     for name, values in grid.items():
         key = prefix + name
         axes |= _axes(values, where, key + ".") if isinstance(values, dict) and values else {
-            key: _values(key, values, where)}
+            _keys(key): _values(_keys(key), values, where)}
     return axes
+
+
+def _keys(text: str) -> str:
+    """A key, or several that change together, without blanks."""
+    return ",".join(key.strip() for key in text.split(","))
 
 
 def _values(key: str, values: Any, where: str) -> list:
     """The checked values of an axis."""
-    table = key.partition(".")[0]
-    if table not in Config.model_fields:
-        raise unknown(f"{where}: grid: {key}: table [{table}]", table, Config.model_fields)
+    keys = key.split(",")
+    tables = [each.partition(".")[0] for each in keys]
+    for table in tables:
+        if table not in Config.model_fields:
+            raise unknown(f"{where}: grid: {key}: table [{table}]", table, Config.model_fields)
     if not isinstance(values, list) or not values:
         raise InputError(f"{where}: grid: {key} = {values!r}: expected a list of one value or more")
     for value in values:
-        if key == table and not isinstance(value, dict):
+        if len(keys) > 1 and not (isinstance(value, list) and len(value) == len(keys)):
+            raise InputError(f"{where}: grid: {key}: {value!r}: expected lists of {len(keys)} values, one for each key")
+        if key == tables[0] and not isinstance(value, dict):
             raise InputError(f"{where}: grid: {key}: {value!r}: expected tables, {{ key = value, … }}")
     return values
 
@@ -146,7 +163,7 @@ def _values(key: str, values: Any, where: str) -> list:
 def _option(text: str) -> tuple[str, list]:
     """--grid table.key=v1,v2: the key, the values. They are TOML; what is not, is a string, as in --set."""
     key, equals, values = text.partition("=")
-    key = key.strip()
+    key = _keys(key)
     if not equals or not key:
         raise InputError(f"--grid {text}: expected table.key=value,value, e.g. --grid method.tau=0.1,1")
     try:

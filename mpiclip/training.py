@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from time import perf_counter
@@ -31,11 +33,13 @@ from .errors import InputError
 from .ledger import Ledger
 from .rules import Chain
 from .server import Server
+from .streams import stream
 from .version import __version__
 from .workers import CHECKPOINT, GO, NOT_FINITE, STOP, Examples, Workers
 
 PATIENCE = 600.0            # seconds between two checkpoints, unless run.checkpoint_every says how many rounds
 PARTS = ("grad", "clip", "comm", "rules", "eval")
+TIMES = (*PARTS, "hidden")  # and the time in which exchanges travelled behind any of these
 MAY_CHANGE = {"run.rounds", "run.eval_every", "run.checkpoint_every", "run.keep", "run.device", "run.threads",
               "run.gpu_aware_mpi", "data.file"}     # on resume; everything else would make it another run
 
@@ -129,11 +133,6 @@ def stop_signals(ask: Callable[[], None]) -> Iterator[None]:
             signal.signal(sig, handler)
 
 
-def _vectors(array):
-    """A server array (…, columns) as (vectors, columns), also where this rank serves no columns."""
-    return array.reshape(int(np.prod(array.shape[:-1])), array.shape[-1])
-
-
 class Training:
     """The parts of one run, on this rank. `before`: the lines of metrics of a run that is resumed."""
 
@@ -143,15 +142,19 @@ class Training:
         run, agg = config.run.model_copy(update={"workers": n}), config.aggregate   # as many when it is resumed
         self.config, self.comm = config.model_copy(update={"run": run}), comm
         self.out = None if out is None else Path(out)
+        self.taking_part = run.participation or n
         byzantine = np.arange(n) >= n - (agg.f if agg.attack else 0)        # the last f workers
         honest = int((~byzantine).sum())
         with comm.agree():
             if n < comm.size:
                 raise InputError(f"run.workers = {n}: fewer than the {comm.size} ranks; start at most {n}")
+            if self.taking_part > n:
+                raise InputError(f"run.participation = {self.taking_part}: expected at most run.workers = {n}")
             Chain(agg.rules, agg.f, n)          # refused before the honest workers are given data
             self.device = select(run.device, comm.local_rank)
             set_threads(run.threads or comm.threads)
-            ids = np.array_split(np.arange(n), comm.size)[comm.rank]
+            self.hosted = np.array_split(np.arange(n), comm.size)       # the workers of each rank
+            ids = self.hosted[comm.rank]
             shard, tested, self.fingerprint = self._read(honest, ids)
             problem = config.problem
             inputs = problem.prepare(shard, ids, honest, run.seed, run.dtype)
@@ -165,22 +168,29 @@ class Training:
         self.server = Server(comm, len(x), n, len(ids), self.device, run.dtype, agg.at,
                              means_only=not agg.rules and not agg.attack, gpu_aware=run.gpu_aware_mpi,
                              message=0 if compressor is None else compressor.bytes(len(x), run.dtype))
-        self.workers = Workers(problem, self.device.put_all(inputs), None if shard is None else shard.offsets, ids,
+        offsets = inputs.bounds if problem.language else None if shard is None else shard.offsets
+        self.workers = Workers(problem, self.device.put_all(inputs), offsets, ids,
                                len(x), run.dtype, self.device, comm, self.server.mine, run.seed,
                                None if run.batch == "full" else run.batch, honest, tolerant=bool(agg.rules),
                                eval_rows=None if run.eval_rows == "all" else run.eval_rows)
         with comm.agree():
             self.aggregate = Aggregation(self.server, agg.rules, agg.f, agg.attack, byzantine, self.workers.confirm,
                                          run.seed, self.workers.flipped, agg.suspect)
-        comm.sent, comm.seconds = 0, 0.0                        # of this run alone
+        comm.sent, comm.seconds, comm.hidden = 0, 0.0, 0.0      # of this run alone
         self.start, self.stop_asked, self.repeated = 0, False, 0
         self._lock: TextIO | None = None
-        self.began, self.seconds = perf_counter(), dict.fromkeys(PARTS, 0.0)
+        self.began, self.seconds = perf_counter(), dict.fromkeys(TIMES, 0.0)
         self.saved, self.saved_round = self.began, -1           # the newest checkpoint: when, and after which round
         self.s = SimpleNamespace(x=self.device.put(x[self.server.own].copy()))
         config.method.init(self.s, self.workers)
+        rows = sum(comm.all(0 if offsets is None else int(offsets[-1])))
+        self.epochs = config.method.gradients * self.taking_part * (        # passes over all rows, in a round
+            1 / honest if run.batch == "full" else run.batch / max(rows, 1))
+        self.of_method = list(vars(self.s))                     # what a round works on
+        self.workers.init(self.s)
         self.aggregate.init(self.s)
         self.lines: list[dict[str, Any]] = []
+        self._looked: Iterator[None] = iter(())                 # the evaluation whose gradients are still to be sent
         if before is None:
             self.method = constants.resolve(config.method, self._whole_x().copy(), self.workers, self.server)
         else:
@@ -202,6 +212,10 @@ class Training:
         x = self._whole_x()
         stopped = False
         with stop_signals(self.stop):
+            if k == 0 and k < self.rounds:
+                workers.begin(k, "first batch")
+                self.aggregate.begin(k)
+                self.method.start(x, self.s, workers, self.aggregate)
             while k < self.rounds and not stopped:
                 if k % config.run.eval_every == 0:
                     self._evaluate(k, x)
@@ -212,20 +226,25 @@ class Training:
                     self.ledger.release(k + 1)
                 try:
                     self._round(x)
-                except InputError:
+                except InputError as error:
+                    if error.agreed:
+                        self._finish_lines()
                     if workers.agreed == NOT_FINITE:      # nothing of this round has happened yet
                         self._save(k)
                     raise
-                x = self._whole_x()
                 k += 1
                 stopped = workers.agreed == STOP
                 if workers.agreed >= CHECKPOINT:
-                    self._save(k)
+                    self.server.meanwhile(partial(self._save, k))
+                x = self._whole_x()
+                self._send_gradients()
                 if self.progress and self.lines and k < self.rounds:
                     self.progress.update(k, self.lines[-1])
+            self._finish_lines()
             if not stopped:
                 self._save(k)               # before the tally goes into a line that a longer run would not have
                 self._evaluate(k, x)
+                self._finish_lines()
                 if self.progress:
                     self.progress.update(k, self.lines[-1])
         return self._finish(x, stopped)
@@ -237,59 +256,144 @@ class Training:
     def _round(self, x) -> None:
         """One round of the method; what is neither gradient nor exchange nor rules is the method's own: clipping."""
         parts: tuple[Any, ...] = (self.workers, self.comm, self.aggregate)
-        start, before = perf_counter(), [part.seconds for part in parts]
-        self.method.round(x, self.s, self.workers, self.aggregate)
+        start, before = perf_counter() - self.server.worked, [part.seconds for part in parts]
+        with self._those_who_take_part() as s:
+            self.method.round(x, s, self.workers, self.aggregate)
         spent = [part.seconds - b for part, b in zip(parts, before, strict=True)]
         for name, seconds in zip(("grad", "comm", "rules"), spent, strict=True):
             self.seconds[name] += seconds
-        self.seconds["clip"] += perf_counter() - start - sum(spent)
+        self.seconds["clip"] += perf_counter() - self.server.worked - start - sum(spent)
+        self.server.catch_up()
+
+    @contextmanager
+    def _those_who_take_part(self) -> Iterator[SimpleNamespace]:
+        """The state as this round sees it: of what belongs to workers, the rows of those that take part."""
+        if self.taking_part == self.server.n:
+            yield self.s
+            return
+        part = self._part(self.workers.round)
+        hosted = np.array([np.isin(ids, part).sum() for ids in self.hosted])
+        divisor = self.taking_part if self.method.partial == "mean" else self.server.n
+        here = np.flatnonzero(np.isin(self.workers.ids, part))
+        s = SimpleNamespace(**{name: getattr(self.s, name)[here] if name.endswith("_i") else getattr(self.s, name)
+                               for name in self.of_method})
+        with self.server.only(hosted, divisor), self.workers.only(here, self.taking_part, self.server.mine):
+            yield s
+        for name in self.of_method:
+            if name.endswith("_i"):
+                getattr(self.s, name)[here] = getattr(s, name)
+            else:
+                setattr(self.s, name, getattr(s, name))
+
+    def _part(self, round: int) -> np.ndarray:
+        """The workers that take part in a round: a function of (seed, round)."""
+        n, random = self.server.n, stream(self.config.run.seed, "participation", round=round)
+        return np.sort(random.permutation(n)[:self.taking_part])
 
     def _whole_x(self):
         """x^k as every worker receives it."""
         before = self.comm.seconds
         x = self.server.join(self.s.x)
         self.seconds["comm"] += self.comm.seconds - before
+        self.server.catch_up()
         return x
 
     # ---- metrics
 
     def _columns(self) -> list[str]:
         """The metrics' names."""
-        return ["round", "seconds", "loss", "grad_norm",
+        return ["round", "seconds", *(["epochs"] if self.workers.offsets is not None else []), "loss", "grad_norm",
                 *(["accuracy"] if self._accuracy_of is not None else []),
+                *(["perplexity"] if self._measures_perplexity else []),
                 *(["clipped"] if hasattr(self.s, "clipped_i") else []),
                 *(COUNTS if self.config.aggregate.rules else []),
                 *(["suspicion"] if self.config.aggregate.suspect else []),
                 *(["epsilon"] if self.mechanism else []),
-                "bytes", *(f"seconds_{part}" for part in PARTS)]
+                "bytes", *(f"seconds_{name}" for name in TIMES)]
 
     def _evaluate(self, k: int, x) -> None:
-        """Metrics of x^k. The share of workers that clipped is that of the round that made x^k; what happened to rows
-        is a mean over the rounds since the line before."""
-        start, gradients, exchange = perf_counter(), self.workers.seconds, (self.comm.seconds, self.comm.sent)
-        line = {"round": k, **self.workers.evaluate(x, self.server)}
-        if self._accuracy_of is not None:
-            correct, rows = self.comm.total(self.config.problem.accuracy(x, self._accuracy_of))
-            line["accuracy"] = correct / rows
+        """Begin the line of metrics of x^k. Where exchanges take their time it does not wait for them: what this rank
+        computes, it computes while the messages of round k are under way; its gradients travel while round k + 1
+        computes its own, and what became of them is written when the messages of that are under way."""
+        evaluation = self._evaluation(k, x)
+        next(evaluation)
+        if not self.server.overlaps:
+            deque(evaluation, 0)
+            return
+        self._looked = evaluation
+        if self.workers.keeps:          # these gradients are those of round k
+            next(evaluation)
+            self._send_gradients()
+        else:
+            self.server.meanwhile(partial(next, evaluation))
+
+    def _send_gradients(self) -> None:
+        """Nothing else is under way now: those of an evaluation may go."""
+        if next(self._looked, self) is None:
+            self.server.meanwhile(partial(deque, self._looked, 0))
+        self._looked = iter(())
+
+    def _finish_lines(self) -> None:
+        """Wait for all lines that were begun."""
+        self.server.catch_up()
+        deque(self._looked, 0)
+        self._looked = iter(())
+
+    def _evaluation(self, k: int, x) -> Iterator[None]:
+        """Metrics of x^k, in the steps that _evaluate tells of. The share of workers that clipped is that of the round
+        that made x^k; what happened to rows is a mean over the rounds since the line before."""
+        comm, workers = self.comm, self.workers
+        line: dict[str, Any] = {"round": k}                     # first whatever round k will change
+        if workers.offsets is not None:
+            line["epochs"] = k * self.epochs
         if hasattr(self.s, "clipped_i") and k:
-            clipped_i = host(self.s.clipped_i)[self.workers.ids < self.workers.honest]
-            line["clipped"] = float(self.comm.total(clipped_i.sum())) / self.workers.honest
+            took_part = np.isin(workers.ids, self._part(k - 1)) & (workers.ids < workers.honest)
+            clipped = host(self.s.clipped_i)[took_part].sum(), took_part.sum()
         if self.config.aggregate.rules:
             line |= self.aggregate.tally.means(self.server.n if self.config.aggregate.suspect else 0)
             self.aggregate.tally = Tally()
-        if self.mechanism:
-            spent = privacy.epsilon(self.mechanism, self.releases(k)) if self.comm.rank == 0 else 0.0
-            line["epsilon"] = self.comm.same(spent)
-        self.comm.seconds, self.comm.sent = exchange    # an evaluation's exchange is evaluation, not the method's
-        line["bytes"] = self.comm.highest(self.comm.sent)
-        grad = self.workers.seconds - gradients
+        sent = comm.sent
+        if self.server.overlaps and x is self.s.x:
+            x = x.copy()
+        yield
+        with self._evaluating():
+            line["loss"], g_i = workers.look(x, aside=self.server.overlaps)
+            if self._accuracy_of is not None:
+                correct, rows = comm.total(self.config.problem.accuracy(x, self._accuracy_of))
+                line["accuracy"] = correct / rows
+            if self._measures_perplexity:
+                surprise, tokens = comm.total(self.config.problem.perplexity(x, self.test))
+                line["perplexity"] = float(np.exp(surprise / tokens))
+            if hasattr(self.s, "clipped_i") and k:
+                shares, count = comm.total(clipped)
+                line["clipped"] = shares / count
+            if self.mechanism:
+                spent = privacy.epsilon(self.mechanism, self.releases(k)) if comm.rank == 0 else 0.0
+                line["epsilon"] = comm.same(spent)
+            line["bytes"] = comm.highest(sent)
+        line["seconds"] = perf_counter() - self.began
+        line |= {f"seconds_{name}": seconds for name, seconds in self.seconds.items()}
+        yield
+        with self._evaluating():
+            mean = self.server.mean_to_come(g_i)
+        yield
+        with self._evaluating():
+            line["grad_norm"] = self.server.norm(mean()) * workers.n / workers.honest
+            self.lines.append(line)
+            if self.record:
+                self.record.append(line)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Time and exchanges of an evaluation are the evaluation's, not the method's; but gradients are gradients."""
+        comm, workers = self.comm, self.workers
+        start, gradients, exchange = perf_counter(), workers.seconds, (comm.seconds, comm.sent)
+        yield
+        grad = workers.seconds - gradients
         self.seconds["grad"] += grad
         self.seconds["eval"] += perf_counter() - start - grad
-        line["seconds"] = perf_counter() - self.began
-        line |= {f"seconds_{part}": seconds for part, seconds in self.seconds.items()}
-        self.lines.append(line)
-        if self.record:
-            self.record.append(line)
+        self.seconds["hidden"] = comm.hidden
+        workers.seconds, (comm.seconds, comm.sent) = gradients, exchange
 
     # ---- privacy
 
@@ -318,7 +422,9 @@ class Training:
 
     def releases(self, rounds: int) -> int:
         """How often the data have been used after so many rounds."""
-        return (rounds + self.repeated) * (self.method.gradients if self.config.privacy.level == "example" else 1)
+        if self.config.privacy.level == "worker":
+            return rounds + self.repeated
+        return (rounds + self.repeated) * self.method.gradients + self.method.first_gradients
 
     def _affordable(self, rounds: int, budget: float | None) -> int:
         """The rounds that this run may do: all, unless some had to be repeated, or were added later, and would exceed
@@ -378,27 +484,20 @@ class Training:
         """A checkpoint of the state after k rounds."""
         if self.out is None or k == self.saved_round:
             return
+        self._finish_lines()
         if self.record:
             self.record.sync()
         header = {"config": self.config.as_dict(), "constants": self.method.model_dump(exclude_none=True),
                   "data": self.fingerprint, "version": __version__, "bytes": self.comm.highest(self.comm.sent),
-                  "seconds": {"all": perf_counter() - self.began, **self.seconds},
+                  "seconds": {"all": perf_counter() - self.began, **self.seconds, "hidden": self.comm.hidden},
                   "tally": dataclasses.asdict(self.aggregate.tally)}
         checkpoint.save(self.out, self.comm, k, {name: self._piece(name) for name in vars(self.s)}, header,
                         self.config.run.keep)
         self.saved, self.saved_round = perf_counter(), k
 
     def _piece(self, name: str) -> checkpoint.Piece:
-        """What this rank holds of s.name: the rows of its workers, or the columns that it serves."""
-        array = np.ascontiguousarray(host(getattr(self.s, name)))
-        if name.endswith("_i"):
-            width = int(np.prod(array.shape[1:]))
-            return checkpoint.Piece((self.server.n, *array.shape[1:]), array.dtype,
-                                    [(int(self.workers.ids[0]) * width, array)])
-        shape = (*array.shape[:-1], self.server.d)
-        mine = self.server.at != "replicated" or self.comm.rank == 0
-        return checkpoint.Piece(shape, array.dtype, [(row * self.server.d + self.server.own.start, part)
-                                                     for row, part in enumerate(_vectors(array))] if mine else [])
+        """What this rank holds of s.name."""
+        return checkpoint.piece(name, getattr(self.s, name), self.server, self.workers.ids)
 
     def _load(self) -> None:
         """The state of the newest valid checkpoint."""
@@ -413,17 +512,7 @@ class Training:
             if self.config.run.rounds < saved.round:
                 raise InputError(f"run.rounds = {self.config.run.rounds}: {self.out} has done {saved.round} rounds")
             for name in vars(self.s):
-                piece = self._piece(name)
-                if saved.shape(name) != piece.shape:
-                    raise InputError(f"{self.out}: state {name}: shape {saved.shape(name)}, expected {piece.shape}")
-                array = getattr(self.s, name)
-                if name.endswith("_i"):
-                    (offset, part), = piece.parts
-                    array[...] = self.device.put(saved.read(name, offset, part.size).reshape(part.shape))
-                else:
-                    d, own = self.server.d, self.server.own
-                    for row, part in enumerate(_vectors(array)):
-                        part[:] = self.device.put(saved.read(name, row * d + own.start, own.stop - own.start))
+                checkpoint.restore(saved, name, getattr(self.s, name), self.server, self.workers.ids)
         saved.close()
         self.start = self.saved_round = saved.round
         self.method = type(self.config.method)(**saved.header["constants"])
@@ -431,6 +520,7 @@ class Training:
         self.aggregate.tally = Tally(**saved.header["tally"])
         self.began -= saved.header["seconds"].pop("all")
         self.seconds |= saved.header["seconds"]
+        self.comm.hidden = self.seconds["hidden"]
 
     def _read(self, honest: int, ids: np.ndarray):
         """This rank's training rows, its share of the test rows, and the data set's fingerprint."""
@@ -440,6 +530,10 @@ class Training:
         standard = data.moments(table.file) if table.standardize else None
         shard = data.read_train(table.file, table.split, honest, ids, self.config.run.seed, dtype, table.alpha,
                                 table.similarity, standard)
+        if isinstance(shard, data.Text) != self.config.problem.language:
+            found, wanted = ("text", "rows") if isinstance(shard, data.Text) else ("rows", "text")
+            raise InputError(f"{table.file}: holds {found}, but problem.name = '{self.config.problem.name}' learns "
+                             f"from {wanted}; see mpiclip data import --format")
         test = data.read_test(table.file, self.comm.rank, self.comm.size, dtype, standard)
         return shard, test, data.fingerprint(table.file)
 
@@ -462,6 +556,10 @@ class Training:
                 f"{config.run.threads or comm.threads} thread{'s' * (comm.threads > 1)} each; {aggregate} of what the "
                 f"workers send, {self.server.at}\n"
                 f"{protected}{'from round ' + str(self.start) + ', ' if self.start else ''}writing {self.out}\n")
+
+    @property
+    def _measures_perplexity(self) -> bool:
+        return self.config.problem.language and self.test is not None
 
     @property
     def _accuracy_of(self):

@@ -80,6 +80,17 @@ def test_every_combination():
             assert runs[f"tau={tau:g}-seed={seed}"] == load(tables)
 
 
+def test_keys_that_change_together():
+    """One axis: the first of them names it. In a file's grid or as an option."""
+    wanted = [(0.1, 5, 0), (0.1, 5, 1), (1.0, 9, 0), (1.0, 9, 1)]
+    for grid, options in (({"method.tau, run.rounds": [[0.1, 5], [1.0, 9]], "run.seed": [0, 1]}, ()),
+                          ({"run.seed": [7]}, ["method.tau,run.rounds=[0.1, 5],[1.0, 9]", "run.seed=0,1"])):
+        runs = family([TABLES | {"grid": grid}], options)
+        assert sorted((run.method.tau, run.run.rounds, run.run.seed) for run in runs.values()) == wanted
+        assert {frozenset(name.split("-")) for name in runs} == {
+            frozenset({f"tau={tau:g}", f"seed={seed}"}) for tau, _, seed in wanted}
+
+
 @pytest.mark.parametrize("grid, names", [
     ({}, ["run"]),
     ({"method.tau": [1e-5, 0.25]}, ["tau=1e-05", "tau=0.25"]),
@@ -142,6 +153,8 @@ def test_several_configs_and_options(job, tmp_path):
     ({"method.tau": [1.0, 1]}, ["the same run as"]),
     ({"method.tau": [1.0, 1.0]}, ["tau=1", "twice"]),
     ({"method.tau": [1.0, 2.0], "method": [{"tau": 3.0}, {"tau": 4.0}]}, ["the same run as"]),
+    ({"method.tau,run.rounds": [[1.0, 5], [2.0]]}, ["method.tau,run.rounds", "[2.0]", "2 values, one for each key"]),
+    ({"method.tau,runs.rounds": [[1.0, 5]]}, ["runs.rounds", "did you mean 'run'"]),
     ({"method.tau.quantile": [0.5]}, ["method.tau is no table"]),
     ({"method.tau.quantile.of": [0.5]}, ["no table"]),
 ])

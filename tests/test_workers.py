@@ -1,6 +1,9 @@
 """Workers: gradients, minibatches, evaluation; and the constants that a rule gives, from the smoothness of the problem
 and from the first gradients."""
 
+from types import SimpleNamespace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
@@ -92,6 +95,27 @@ class Counted:
         self.calls += 1
         return self.problem.loss_grad(*arguments, **options)
 
+    def views(self, data):
+        return self.problem.views(data)
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_an_evaluation_aside_leaves_a_rounds_gradients_alone(batch):
+    """Those that are under way must not change. Of all rows it leaves them where the round looks for them."""
+    workers, server = party(batch=batch)
+    loss, found = workers.look(X0, aside=True)
+    np.testing.assert_allclose(found, GRADIENTS, rtol=1e-12)
+    assert loss == workers.evaluate(X0, server)["loss"]
+    workers.begin(0)
+    sent = workers.grad(X0)
+    before = sent.copy()
+    assert (sent == found).all() == (batch is None)
+    if batch is not None:
+        workers.look(2 * X0, aside=True)
+    np.testing.assert_array_equal(sent, before)
+    sent[:] = np.nan
+    assert np.isfinite(found).all()
+
 
 def test_an_evaluation_spares_the_round_its_gradients_but_not_its_minibatch():
     for batch, calls in ((None, 1), (3, 2)):
@@ -101,6 +125,72 @@ def test_an_evaluation_spares_the_round_its_gradients_but_not_its_minibatch():
         workers.begin(0)
         workers.grad(X0)
         assert counted.calls == calls
+
+
+class Mirrored(problems.Linear):
+    """Linear regression that knows its rows in three versions: times 1, 2 and 3. Notes the rows of its minibatches."""
+
+    drawn: ClassVar[list] = []
+
+    def views(self, data):
+        return 3
+
+    def loss_grad(self, x, data, batch=None, **options):
+        rows, offsets, denominators = batch
+        self.drawn.append(rows)
+        return super().loss_grad(x, data, (rows % 100, offsets, denominators), **options)
+
+
+def test_minibatches_of_rows_in_several_versions():
+    workers, _ = party(Mirrored(), batch=200)
+    workers.begin(0)
+    workers.grad(X0)
+    rows, versions = Mirrored.drawn[-1] % 100, Mirrored.drawn[-1] // 100
+    for i, own in enumerate(np.split(rows, 4)):
+        assert OFFSETS[i] <= own.min() and own.max() < OFFSETS[i + 1]
+    assert (np.bincount(versions, minlength=3) > 200).all() and versions.max() == 2
+    plain, _ = party(batch=200)             # versions change nothing of which rows are drawn
+    np.testing.assert_array_equal(rows, plain._draw()[0])
+
+
+class Counting(problems.Linear):
+    """A problem on sequences: a worker's k-th minibatch is its row k, and it carries the sum of those numbers."""
+
+    def carried(self, data, batch):
+        return (1,)
+
+    def follow(self, data, batch, ids, taken_i, carried_i, seed):
+        return taken_i, carried_i
+
+    def loss_grad(self, x, data, batch=None, out=None, loss=True, clip=None):
+        if batch is not None:
+            taken_i, carried_i = batch
+            carried_i[taken_i >= 0, 0] += taken_i[taken_i >= 0]
+            out[:] = np.nan if taken_i.max() == 5 else taken_i[:, None]
+        return np.zeros(4), out
+
+
+def test_minibatches_that_follow_each_other():
+    """Each worker goes on where it was, whoever else took part; a round that fails takes nothing."""
+    workers, _ = party(Counting(), batch=1)
+    s = SimpleNamespace()
+    workers.init(s)
+    workers.begin(0)
+    assert workers.grad(X0)[:, 0].tolist() == [0, 0, 0, 0]
+    assert workers.grad(X0)[:, 0].tolist() == [1, 1, 1, 1]
+    rows = np.empty((2, P))
+    with workers.only(np.array([1, 3]), 2, rows):
+        workers.begin(1)
+        assert workers.grad(np.zeros((2, P))) is rows
+        assert rows[:, 0].tolist() == [2, 2] and workers.zeros().shape == workers.copies(X0).shape == (2, P)
+    for round in range(2, 4):
+        workers.begin(round)
+        workers.grad(X0)
+    assert s.taken_i.tolist() == [4, 5, 4, 5] and s.carried_i[:, 0].tolist() == [6, 10, 6, 10]
+    workers.begin(4)
+    with pytest.raises(InputError, match="not finite"):
+        workers.grad(X0)
+    assert s.taken_i.tolist() == [4, 5, 4, 5] and s.carried_i[:, 0].tolist() == [6, 10, 6, 10]
 
 
 @pytest.mark.parametrize("most", [1, 7, 10, 50])
@@ -217,7 +307,7 @@ def test_a_message_is_drawn_for_its_worker_round_and_call(ranks):
             workers.begin(round)
             for call in (0, 1):
                 message = workers.compress(u[ids], C)
-                assert message.workers is workers.ids and message.rows.shape == (len(ids), 30 * 8)
+                assert np.array_equal(message.workers, workers.ids) and message.rows.shape == (len(ids), 30 * 8)
                 for i, kept in zip(ids, message.indices, strict=True):
                     expected = stream(3, "compress", int(i), round, call).choice(60, 30, replace=False, shuffle=False)
                     np.testing.assert_array_equal(kept, expected)
@@ -250,6 +340,7 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_anything_has_chang
     with pytest.raises(InputError, match=r"^round 5: the gradient of worker 2 is not finite \(its loss is nan\)") as e:
         workers.grad(bad)
     assert e.value.agreed and workers.agreed == NOT_FINITE
+    steps = {"eta": 0.1, "gamma": 0.1, "interval": 3}
     step, sparse = {"stepsize": 0.1}, {"compressor": {"name": "top_k", "k": 2}}
     constants_of = {"gd": step, "sgd": step, "clip21_avg": {"tau": 1.0}, "clip21": step | {"tau": 1.0},
                     "clip21_sgd2m": step | {"tau": 1.0, "beta": 0.5, "beta_server": 0.5},
@@ -257,7 +348,8 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_anything_has_chang
                     "press_clip21": step | sparse | {"tau": 1.0}, "ef21": step | sparse, "dcgd": step | sparse,
                     "byz_clip21_sgd2m": step | {"tau": 1.0, "beta": 0.5, "beta_server": 0.5},
                     "safe_dshb": step | {"tau": 1.0, "beta": 0.5}, "robust_dshb": step | {"beta": 0.5},
-                    "celgc": {"eta": 0.1, "gamma": 0.1, "interval": 3}, "naive_parallel": {"eta": 0.1, "gamma": 0.1}}
+                    "celgc": steps | {"momentum": 0.5}, "episode": steps, "episode_pp": steps,
+                    "naive_parallel": {"eta": 0.1, "gamma": 0.1, "momentum": 0.5}}
     for name in methods.names():
         workers, _ = party(tolerant=False)
         method = methods.load(name)(**constants_of[name])
@@ -269,7 +361,7 @@ def test_a_gradient_that_is_not_finite_stops_the_round_before_anything_has_chang
         before = {key: value.copy() for key, value in vars(s).items() if key not in ("clipped_i", "norm_i")}
         workers.begin(0)
         with pytest.raises(InputError, match="not finite"):
-            method.round(s.x, s, workers, None)
+            method.round(s.x, s, workers, SimpleNamespace(norm=np.linalg.norm, join=np.copy))
         for key, value in before.items():
             np.testing.assert_array_equal(getattr(s, key), value)
 

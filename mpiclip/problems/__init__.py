@@ -9,10 +9,13 @@ A problem is a frozen record of constants with functions of `data`, which `prepa
     smoothness_product(u_i, data) → H_i u_i (w, d)      where H_i bounds the Hessian of f_i from above, for all x
     accuracy(x, data) → (rows that x (d,) classifies correctly, rows)        of classifiers
     flipped(data) → data with the labels c → C − 1 − c, or −b                of classifiers
+    views(data) → how many versions of each row minibatches draw from        of images
+    carried, follow, perplexity                                              of sequences, which are read in order
 
 x           (d,), a point for all, or (w, d), one for each worker
 batch       None: all rows; or (rows (k,) int64, offsets (w+1,) int64, denominators (w,) float64): worker i's are
-            rows[offsets[i]:offsets[i+1]], repetitions allowed, and their sum is divided by denominators[i]
+            rows[offsets[i]:offsets[i+1]], repetitions allowed, and their sum is divided by denominators[i]. Row r in
+            its version v has the number r + v·m, m the rows in data. Of sequences: what `follow` made, or windows
 out         (w, d), filled with the gradients and returned; None allocates
 clip        C > 0: each row's gradient of ℓ_r, over all of x and without the regularizer, counts min(1, C/‖∇ℓ_r‖) times;
             losses are those of the rows as they are. None, or infinity: no row is clipped. The norms are computed from
@@ -48,6 +51,7 @@ class Problem(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
     classifier: ClassVar[bool] = False
+    language: ClassVar[bool] = False            # learns from text, and has a perplexity
     regularizer: Literal["none", "l2", "nonconvex"] = "none"
     lam: NotNegative = 0.0
     start: Finite = 0.0
@@ -85,6 +89,24 @@ class Problem(BaseModel):
             raise InputError(f"aggregate.attack: there are no labels to flip; problem.name = '{self.name}' has no "
                              "classes, expected a problem that has", agreed=True)
         return data.flipped
+
+    def views(self, data: Any) -> int:
+        """How many versions of each row a minibatch may hold, version 0 being the row itself."""
+        return 1
+
+    def carried(self, data: Any, batch: int | None) -> tuple[int, ...] | None:
+        """The shape of what a worker carries from one minibatch of `batch` sequences (None: all rows) to the next; None
+        if each is drawn by itself. InputError where a worker's data are too short."""
+        return None
+
+    def follow(self, data: Any, batch: int, ids: np.ndarray, taken_i: np.ndarray, carried_i: Any, seed: int) -> Any:
+        """The next minibatch, as loss_grad takes it, of workers `ids` (w,) that have had taken_i (w,) int64 so far, −1:
+        an empty one. loss_grad puts what they carry on into carried_i (w, *carried)."""
+        raise NotImplementedError
+
+    def perplexity(self, x, data: Any) -> tuple[float, int]:
+        """(Σ −log p(token), tokens) of the text that `data` holds, if this learns a `language`"""
+        raise NotImplementedError
 
     def regularize(self, x, grad, loss, owners) -> None:
         """∇f_i += λ r'(x_i), and f_i += λ r(x_i) unless `loss` is None, for the workers that are `owners` (w,).
