@@ -10,11 +10,14 @@ export OMPI_MCA_btl = ^ofi
 export PRTE_MCA_odls_base_sigkill_timeout = 60
 export PYTHONUNBUFFERED = 1
 
+TORCH ?= 2.13.0+cpu
+WITHOUT_TORCH = no PyTorch $(TORCH) to be had: the tests of mpiclip.torch will be skipped
+
 .PHONY: demo test bench lint clean
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh jobs/demo/run.sh out/demo
 
-test: .venv/tested
+test: .venv/tested .venv/torch
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 -m "not mpi and not alone"
@@ -40,6 +43,10 @@ lint: .venv/tested
 .venv/tested: .venv/installed
 	$(BIN)/pip install -q -e '.[$(MPI),test]'
 	touch $@
+
+.venv/torch: .venv/installed
+	$(BIN)/pip install -q --no-compile torch==$(TORCH) 2>.venv/torch.log && touch $@ || \
+	echo "$(WITHOUT_TORCH) (.venv/torch.log says why)"
 
 clean:
 	rm -rf .venv build out *.egg-info kernels/*.so
