@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         if started_rank() > 0:                          # a mistake in the command is said once
             with contextlib.redirect_stderr(io.StringIO()):
                 args = parser().parse_args(argv)
-            if args.verb not in (train, resume, sweep, bench, doctor):
+            if args.verb not in (train, resume, sweep, plan, bench, doctor):
                 return DONE                             # one rank is enough
         else:
             args = parser().parse_args(argv)
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--json", action="store_true", help="for programs")
     new = verb(plot, "plot")
     new.add_argument("dirs", nargs="+", metavar="DIR", help="folders of runs, or of folders of runs")
-    new.add_argument("--x", default="round", help="round, seconds, bytes or epsilon (default: round); "
+    new.add_argument("--x", default="round", help="round, epochs, seconds, bytes or epsilon (default: round); "
                                                   "with commas a column of panels for each")
     new.add_argument("--y", default="loss", help="a metric: loss, grad_norm, accuracy … (default: loss); "
                                                  "with commas a row of panels for each")
@@ -92,13 +92,14 @@ def parser() -> argparse.ArgumentParser:
 
     data = verbs.add_parser("data", help="Import and describe data sets.").add_subparsers(required=True, metavar="VERB")
     new = verb(data_import, "import", within=data)
-    new.add_argument("sources", nargs="+", metavar="SOURCE", help="LIBSVM text, npz, csv, idx, cifar; also .gz, .bz2, "
-                                                                  ".xz")
+    new.add_argument("sources", nargs="+", metavar="SOURCE", help="LIBSVM, npz, csv, idx, cifar, text; also .gz, "
+                                                                  ".bz2, .xz")
     new.add_argument("dest", metavar="DEST.h5")
     new.add_argument("--format", help="default: guessed from the name, then from the content")
-    new.add_argument("--test", nargs="+", default=[], metavar="SOURCE", help="the test rows")
+    new.add_argument("--test", nargs="+", default=[], metavar="SOURCE", help="the test rows, or text")
     new.add_argument("--features", type=int, metavar="N", help="the number of features, if the rows do not show all")
     new.add_argument("--label", metavar="COLUMN", help="csv: the label's column, name or number (default: the last)")
+    new.add_argument("--level", choices=["word", "char"], help="text: what its tokens are (default: word)")
     new = verb(data_info, "info", within=data)
     new.add_argument("file")
 
@@ -117,6 +118,16 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--workers", type=int, metavar="N", help="whose noise adds up, with --against model (default: 1)")
     new.add_argument("--against", choices=["server", "model"], help="who looks: at all messages (the default), or at "
                                                                     "the models only")
+    new.add_argument("--json", action="store_true", help="for programs")
+    new = verb(plan, "plan")
+    new.add_argument("config", help="a TOML file")
+    new.add_argument("--set", dest="settings", **setting)
+    new.add_argument("--latency", type=float, metavar="SECONDS", help="from one rank to another, one way: half of "
+                                                                      "ping's time (default: measured, under mpirun)")
+    new.add_argument("--bandwidth", type=float, metavar="BITS/S", help="of a rank's link (default: measured, under "
+                                                                       "mpirun)")
+    new.add_argument("--ranks", type=int, metavar="N", help="how many there will be, each on a host of its own "
+                                                            "(default: as many as are started)")
     new.add_argument("--json", action="store_true", help="for programs")
     new = verb(bench, "bench")
     new.add_argument("what", choices=["kernels", "exchange", "rules"])
@@ -182,7 +193,8 @@ def data_import(args) -> None:
     """Convert data files to HDF5."""
     from .data import info
     from .importers import import_file
-    import_file(args.sources, args.dest, args.format, args.test, args.features, args.label)
+    import_file(args.sources, args.dest, args.format, args.test, args.features, args.label,
+                args.level)
     print(info(args.dest))
 
 
@@ -221,6 +233,16 @@ def privacy(args) -> None:
     text = statement(run.mechanism, releases, spent, table.noise, table.scaling)
     print(json.dumps(finite({"mechanism": dataclasses.asdict(run.mechanism), "releases": releases, "epsilon": spent,
                              "statement": text})) if args.json else text)
+
+
+def plan(args) -> None:
+    """How long a round will take on a network, and which interval it calls for."""
+    from .comm import world
+    from .plan import plan, shown
+    ranks = world()
+    found = plan(args.config, args.latency, args.bandwidth, args.ranks, args.settings, ranks)
+    if ranks.rank == 0:
+        print(shown(found, args.json))
 
 
 def bench(args) -> None:
