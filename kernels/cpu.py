@@ -33,6 +33,7 @@ _clip = kernel("clip", "aaraa")
 _clip_step = kernel("clip_step", "aaaraa")
 _normalize_step = kernel("normalize_step", "aaarra")
 _momentum_step = kernel("momentum_step", "aaaararra")
+_local_step = kernel("local_step", "aaarriraraa")
 _apply = kernel("apply", "aaarr")
 _row_sum = kernel("row_sum", "aar")
 
@@ -63,6 +64,14 @@ def momentum_step(u, m, v, tau, beta, scale=1.0, out=None, norms=None):
     tau, taus = (tau, None) if type(tau) is float else _thresholds(tau)
     out = np.empty(u.shape, u.dtype) if out is None else out
     return NotImplemented if _momentum_step(u, m, v, out, tau, taus, beta, scale, norms) else out
+
+
+def local_step(x, u, norms, tau, eta, normalize=False, weight_decay=0.0, m=None, momentum=0.0, origin=None, out=None):
+    out = x if out is None else out
+    if type(tau) is not float and np.ndim(tau):
+        return NotImplemented
+    return NotImplemented if _local_step(x, u, norms, tau, eta, normalize, weight_decay, m, momentum, origin,
+                                         out) else out
 
 
 def apply(x, v, mean, gamma, scale=1.0):
@@ -116,6 +125,7 @@ _column_rule = kernel("column_rule", "ianaaa")
 _column_distances = kernel("column_distances", "aaaaa")
 _column_combine = kernel("column_combine", "aaaa")
 _column_gram = kernel("column_gram", "aaaaa")
+_column_mixed = kernel("column_mixed", "aaaaa")
 _MEDIAN, _TRIMMED_MEAN, _MEAN_AROUND_MEDIAN, _DEVIATION = range(4)
 
 
@@ -150,6 +160,12 @@ def distances(X, v, E=None, W=None):
 def combine(X, w, E=None):
     out = np.empty(X.shape[1:], X.dtype)
     return NotImplemented if _column_combine(X, np.ascontiguousarray(w, np.float64), E, out) else out
+
+
+def mixed(X, W, E=None, common=None):
+    common = np.zeros(W.shape[-1]) if common is None else np.ascontiguousarray(common, np.float64)
+    out = np.empty((len(W), *X.shape[1:]), X.dtype)
+    return NotImplemented if _column_mixed(X, W, E, common, out) else out
 
 
 def gram(X, E=None, scale=None, centre=None):
@@ -217,6 +233,50 @@ def slopes_of_images(slopes, which, W, starts, kernel, pool, out, room):
 
 def sums_of_patches(images, slopes, which, starts, kernel, pool, out, room):
     return NotImplemented if _sums_of_patches(images, slopes, which, starts, kernel, pool, out) else None
+
+
+# mpiclip.problems.resnet: kernels/convolution.c
+
+_convolve_all = kernel("convolve_all", "aaaannnaia")
+_slopes_of_all = kernel("slopes_of_all", "aaannnaaa")
+_sums_of_all = kernel("sums_of_all", "aaannnaa")
+
+
+def convolve_all(images, W, bias, starts, kernel, stride, padding, add, positive, out, room):
+    return NotImplemented if _convolve_all(images, W, bias, starts, kernel, stride, padding, add, positive,
+                                           out) else None
+
+
+def slopes_of_all(slopes, W, starts, kernel, stride, padding, add, h, out, room):
+    return NotImplemented if _slopes_of_all(slopes, W, starts, kernel, stride, padding, add, h, out) else None
+
+
+def sums_of_all(images, slopes, starts, kernel, stride, padding, out, bias, room):
+    return NotImplemented if _sums_of_all(images, slopes, starts, kernel, stride, padding, out, bias) else None
+
+
+# mpiclip.cells: kernels/lstm.c
+
+_lstm_forward = kernel("lstm_forward", "aaaa")
+_lstm_backward = kernel("lstm_backward", "aaaa")
+_cross_entropies = kernel("cross_entropies", "aaara")
+_add_rows = kernel("add_rows", "aaa")
+
+
+def lstm_forward(z, W, h, c):
+    return NotImplemented if _lstm_forward(z, W, h, c) else None
+
+
+def lstm_backward(z, W, c, slopes):
+    return NotImplemented if _lstm_backward(z, W, c, slopes) else None
+
+
+def cross_entropies(z, bias, y, share, values):
+    return NotImplemented if _cross_entropies(z, bias, y, share, values) else None
+
+
+def add_rows(out, rows, values):
+    return NotImplemented if _add_rows(out, rows, values) else None
 
 
 # the memory's own limits, for `mpiclip bench kernels`: kernels/limits.c

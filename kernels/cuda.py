@@ -25,7 +25,8 @@ SPARSENESS = 32       # … but no more than one in so many
 _FOLDER = Path(__file__).parent
 _REAL = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
 _SOURCES = {"add_noise": "noise.cu", **dict.fromkeys(     # of the kernels that are not in ops.cu
-    ("sample", "collect", "count_digit", "count_taken", "place"), "select.cu")}
+    ("sample", "collect", "count_digit", "count_taken", "place"), "select.cu"),
+    **dict.fromkeys(("cell_forward", "cell_backward", "cross_entropies", "add_rows"), "lstm.cu")}
 _NULL = 0             # CuPy passes a Python int as 64 bits, a Python float as a double
 
 
@@ -160,6 +161,20 @@ def momentum_step(u, m, v, tau, beta, scale=1.0, out=None, norms=None):
     sums = device.xp(u).empty(w * parts)
     _launch(u, "squares_of_momentum", w * parts, u, m, v, float(beta), sums, d, parts)
     _launch(u, "momentum_step", w * parts, u, m, v, sums, *threshold, float(beta), float(scale), out, norms, d, parts)
+    return out
+
+
+def local_step(x, u, norms, tau, eta, normalize=False, weight_decay=0.0, m=None, momentum=0.0, origin=None, out=None):
+    out = x if out is None else out
+    if not (_known(x) and _like(u, x) and _like(out, x) and _norms_like(norms, x)
+            and (m is None or (_like(m, x) and m is not x and m is not u and m is not out))
+            and (origin is None or _on(origin, x, x.shape[-1:], x.dtype))
+            and isinstance(tau, int | float) and tau >= 0):
+        return NotImplemented
+    w, d, parts = _rows(x)
+    m, origin = (_NULL if array is None else array for array in (m, origin))
+    _launch(x, "local_step", w * parts, x, u, norms, float(tau), float(eta), int(normalize), float(weight_decay), m,
+            float(momentum), origin, out, d, parts)
     return out
 
 
@@ -299,3 +314,58 @@ def add_noise(u, sigma, keys):
         w, d, parts = _rows(u)
         _launch(u, "add_noise", w * parts, u, device.xp(u).asarray(np.ascontiguousarray(keys)), float(sigma), d, parts)
     return u
+
+
+# --- mpiclip.cells: kernels/lstm.cu -----------------------------------------------------------------------------------
+
+
+def lstm_forward(z, W, h, c):
+    if not (_cells_known(z, W, c) and _on(h, z, c.shape, z.dtype)):
+        return NotImplemented
+    xp, (w, T, b, _), n = device.xp(z), z.shape, W.shape[2]
+    for t in range(T):
+        z[:, t] += xp.matmul(h[:, t], W.swapaxes(1, 2))
+        _launch(z, "cell_forward", _each(w * b * n), z, h, c, t, w, T, b, n)
+    return None
+
+
+def lstm_backward(z, W, c, slopes):
+    if not (_cells_known(z, W, c) and _on(slopes, z, (*z.shape[:3], W.shape[2]), z.dtype)):
+        return NotImplemented
+    xp, (w, T, b, _), n = device.xp(z), z.shape, W.shape[2]
+    later = xp.zeros((w, b, n), z.dtype)
+    for t in reversed(range(T)):
+        if t + 1 < T:
+            slopes[:, t] += xp.matmul(z[:, t + 1], W)
+        _launch(z, "cell_backward", _each(w * b * n), z, c, slopes, later, t, w, T, b, n)
+    return None
+
+
+def _cells_known(z, W, c) -> bool:
+    w, T, b, width = z.shape if z.ndim == 4 else (0, 0, 0, 0)
+    return (z.dtype in _REAL and z.size > 0 and z.flags.c_contiguous and isinstance(W, device.xp(z).ndarray)
+            and W.dtype == z.dtype and W.ndim == 3 and W.shape[0] in (1, w) and 4 * W.shape[2] == W.shape[1] == width
+            and _on(c, z, (w, T + 1, b, W.shape[2]), z.dtype))
+
+
+def _each(numbers: int) -> int:
+    """Blocks of a launch in which each thread has a number, or several."""
+    return max(1, min(-(-numbers // THREADS), 16 * BLOCKS))
+
+
+def cross_entropies(z, bias, y, share, values):
+    if not (z.dtype in _REAL and z.ndim == 2 and z.size > 0 and z.flags.c_contiguous
+            and _on(bias, z, z.shape[1:], z.dtype) and _on(y, z, z.shape[:1], np.int64)
+            and _on(values, z, z.shape[:1], np.float64)):
+        return NotImplemented
+    _launch(z, "cross_entropies", len(z), z, bias, y, float(share), values, z.shape[1])
+    return None
+
+
+def add_rows(out, rows, values):
+    if not (out.dtype in _REAL and out.ndim == 2 and out.flags.c_contiguous and values.ndim == 2 and values.size > 0
+            and _on(values, out, (len(rows), out.shape[1]), out.dtype) and _on(rows, out, (len(values),), np.int64)):
+        return NotImplemented
+    order = device.xp(out).argsort(rows * len(rows) + device.xp(out).arange(len(rows)))
+    _launch(out, "add_rows", len(rows), out, rows, order, values, len(rows), out.shape[1])
+    return None

@@ -50,16 +50,22 @@ class Record:
         path = Path(dir, "run.h5")
         if path.exists() or any(path.parent.glob("checkpoints/*.h5")):
             raise InputError(f"{dir}: holds a run already; expected a new folder (or use `mpiclip resume {dir}`)")
-        fields: Any = [(name, np.float64) if isinstance(name, str) else (name[0], np.float64, (name[1],))
-                       for name in columns]
-        return cls(path, header, np.empty(0, fields))
+        return cls(path, header, np.empty(0, _fields(columns)))
 
     @classmethod
-    def resume(cls, dir: str | Path, round: int, header: dict[str, Any] | None = None) -> Record:
+    def resume(cls, dir: str | Path, round: int, header: dict[str, Any] | None = None,
+               columns: Sequence[str | tuple[str, int]] = ()) -> Record:
         """Go on with DIR/run.h5 after `round`: later lines are dropped (they will come again), header items given here
-        replace the old ones. The old file is valid until the new one takes its place. InputError as in `read`."""
-        old, lines = read(dir)
-        return cls(Path(dir, "run.h5"), old | (header or {}), lines[lines["round"] <= round])
+        replace the old ones. Columns that it lacks, because an older version began it, are NaN in the lines so far. The
+        old file is valid until the new one takes its place. InputError as in `read`."""
+        old, before = read(dir)
+        before = before[before["round"] <= round]
+        there = before.dtype.names or ()
+        new = [field for field in _fields(columns) if field[0] not in there]
+        lines = np.full(len(before), math.nan, before.dtype.descr + new)
+        for name in there:
+            lines[name] = before[name]
+        return cls(Path(dir, "run.h5"), old | (header or {}), lines)
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line: metric → number, or numbers; a metric that is not given is NaN. Raises InputError on a full disk,
@@ -119,6 +125,11 @@ class Record:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._start, self._count, self._capacity = fd, start, len(lines), capacity
+
+
+def _fields(columns: Sequence[str | tuple[str, int]]) -> list[Any]:
+    """The fields of a line."""
+    return [(name, np.float64) if isinstance(name, str) else (name[0], np.float64, (name[1],)) for name in columns]
 
 
 def lock(dir: str | Path) -> TextIO:

@@ -457,7 +457,7 @@ class Training:
                     self.repeated = book.repeated
                 if self.out:
                     columns = [(name, self.server.n) if name == "suspicion" else name for name in self._columns()]
-                    opened = (record.Record.resume(self.out, self.start - 1, self._header()) if resumed else
+                    opened = (record.Record.resume(self.out, self.start - 1, self._header(), columns) if resumed else
                               record.Record.create(self.out, self._header(), columns))
                 if not resumed and keeps_book:
                     book = Ledger(self.out)

@@ -11,20 +11,20 @@ ROOT = Path(__file__).parents[1]
 # those of its own floor that are named beside it.
 FLOORS = [
     {"__main__": set()},
-    {"bench": {"peers"}, "peers": set(), "doctor": set(), "plot": {"show"}, "show": set(), "importers": set(),
-     "sweep": set()},
-    {"training": set()},
+    {"bench": {"peers"}, "peers": set(), "doctor": set(), "plot": {"show"}, "show": set(), "importers": {"text"},
+     "text": set(), "sweep": set(), "plan": {"show"}},
+    {"training": set(), "torch": set()},
     {"constants": {"workers"}, "aggregation": set(), "workers": set(), "checkpoint": set(), "record": set(),
      "ledger": set(), "config": set()},
     {"methods": set(), "problems": set(), "server": set(), "rules": set(), "attacks": set(), "data": set()},
     {"ops": set(), "columns": set(), "rows": {"ops", "columns"}, "splits": set(), "disk": set(), "comm": set(),
-     "compressors": {"ops"}, "noise": {"ops"}, "privacy": set(), "records": set()},
+     "cells": set(), "compressors": {"ops"}, "noise": {"ops"}, "privacy": set(), "records": set()},
     {"kernels": set()},
     {"device": set()},
     {"errors": set(), "streams": set(), "version": set()},
 ]
 DOORS = {"mpi4py": {"comm", "doctor", "__main__"}, "cupy": {"device"}, "cupyx": {"device"},
-         "h5py": {"data", "checkpoint", "record", "doctor"}}
+         "h5py": {"data", "checkpoint", "record", "doctor"}, "torch": {"torch", "peers", "bench"}}
 LEVEL = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 BESIDE = {name: beside for names in FLOORS for name, beside in names.items()}
 

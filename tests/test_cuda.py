@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from mpiclip.kernels import cuda
 
-from mpiclip import columns, device, noise, ops
+from mpiclip import cells, columns, device, noise, ops
 
 KERNELS = Path(cuda.__file__).parent
 DTYPES = [np.float32, np.float64]
@@ -280,6 +280,32 @@ def test_momentum_step(xp, shape, offset, other, dtype, with_v):
     assert not with_v or np.allclose(device.host(v_device), v_defined, rtol=rtol, atol=4 * rtol)
 
 
+@cases
+@dtypes
+@pytest.mark.parametrize("options", [(False, 0.0, 0, 0), (False, 0.1, 0, 0), (True, 0.0, 1, 0), (False, 0.1, 1, 1),
+                                     (True, 0.1, 0, 1)], ids=str)
+def test_local_step(xp, shape, offset, other, dtype, options):
+    """As the definition, with and without weight decay, momentum and an origin; in place, and onto u."""
+    normalize, decay, m, origin = options
+    x, u, momenta = (random(seed, shape, dtype) for seed in (3, 4, 5))
+    start = random(6, shape[1], dtype) if origin else None
+    norms = np.resize([0.5, 3.0, np.inf, 0.0], shape[0]) * 1.0
+    defined_m = momenta.copy() if m else None
+    with np.errstate(invalid="ignore"):
+        defined = ops.local_step.definition(x, u, norms, 2.0, 0.3, normalize, decay, defined_m, 0.6, start,
+                                            out=np.empty_like(x))
+    for onto in ("x", "u", "new"):
+        x_device, u_device, m_device = put(xp, x, offset), put(xp, u, other), put(xp, momenta, offset) if m else None
+        out = {"x": None, "u": u_device, "new": put(xp, np.full_like(x, 7), offset)}[onto]
+        result = cuda.local_step(x_device, u_device, put(xp, norms), 2.0, 0.3, normalize, decay, m_device, 0.6,
+                                 put(xp, start, other) if origin else None, out)
+        assert result is (x_device if out is None else out)
+        np.testing.assert_array_equal(device.host(result), defined)
+        assert not m or device.host(m_device).tobytes() == defined_m.tobytes()
+        assert onto == "x" or device.host(x_device).tobytes() == x.tobytes()
+        assert onto == "u" or device.host(u_device).tobytes() == u.tobytes()
+
+
 @dtypes
 def test_other_steps_of_a_row_that_is_not_finite_change_no_state(xp, dtype):
     u, m, v = (random(seed, (3, 45), dtype) for seed in (7, 8, 9))
@@ -516,6 +542,7 @@ def test_launchers_decline_what_kernels_do_not_know(xp):
         assert cuda.clip_step(bad, bad, 1.0) is NotImplemented
         assert cuda.normalize_step(bad, bad, 1.0, 1.0) is NotImplemented
         assert cuda.momentum_step(bad, bad, None, 1.0, 0.5) is NotImplemented
+        assert cuda.local_step(bad, bad, norms, 1.0, 0.5) is NotImplemented
         assert cuda.row_sum(bad) is NotImplemented
     for out in (u[:2], u.astype(np.float64), xp.empty((6, 4), np.float32).T):
         assert cuda.clip(u, 1.0, out=out) is NotImplemented
@@ -526,6 +553,9 @@ def test_launchers_decline_what_kernels_do_not_know(xp):
         assert cuda.momentum_step(u, v, None, 1.0, 0.5, out=out) is NotImplemented
         assert cuda.momentum_step(u, v, out, 1.0, 0.5) is NotImplemented
         assert cuda.momentum_step(u, out, v, 1.0, 0.5) is NotImplemented
+        assert cuda.local_step(u, v, norms, 1.0, 0.5, out=out) is NotImplemented
+        assert cuda.local_step(u, v, norms, 1.0, 0.5, m=out) is NotImplemented
+        assert cuda.local_step(u, v, norms, 1.0, 0.5, origin=out) is NotImplemented
         assert cuda.apply(u, v, out, 1.0) is NotImplemented
         assert cuda.apply(u, out, v, 1.0) is NotImplemented
     for bad in (norms[:3], norms.astype(np.float32), xp.empty(8)[::2]):
@@ -533,16 +563,19 @@ def test_launchers_decline_what_kernels_do_not_know(xp):
         assert cuda.clip(u, 1.0, norms=bad) is NotImplemented
         assert cuda.clip_step(u, v, 1.0, norms=bad) is NotImplemented
         assert cuda.normalize_step(u, v, 1.0, 1.0, norms=bad) is NotImplemented
+        assert cuda.local_step(u, v, bad, 1.0, 0.5) is NotImplemented
         assert cuda.momentum_step(u, v, None, 1.0, 0.5, norms=bad) is NotImplemented
     for bad in (-1.0, math.nan, [1, 2, 3], [1, 2, 3, -4], [[1, 2, 3, 4]], xp.ones(3)):
         assert cuda.clip(u, bad) is NotImplemented
         assert cuda.clip_step(u, v, bad) is NotImplemented
         assert cuda.momentum_step(u, v, None, bad, 0.5) is NotImplemented
+        assert cuda.local_step(u, v, norms, bad, 0.5) is NotImplemented
     for alpha, beta in ((0.0, 1.0), (-1.0, 1.0), (math.nan, 1.0), (1.0, -1.0), (1.0, math.nan)):
         assert cuda.normalize_step(u, v, alpha, beta) is NotImplemented
     assert cuda.normalize_step(u, v, 1.0, 1.0, out=v) is NotImplemented
     assert cuda.momentum_step(u, v, v, 1.0, 0.5) is NotImplemented
     assert cuda.momentum_step(u, v, None, 1.0, 0.5, out=v) is NotImplemented
+    assert cuda.local_step(u, v, norms, 1.0, 0.5, m=v) is NotImplemented
     for bad in (-1.0, math.nan, [1, 2, 3, -4], xp.ones(3)):
         assert cuda.clip_step_top_k(u, v, bad, 2) is NotImplemented
     for bad in (0, -1, 7, 1.0, None):
@@ -609,6 +642,45 @@ def test_more_than_2_31_numbers():
     u = xp.ones(d, np.float32)
     assert float(cuda.norms(u)) == pytest.approx(math.sqrt(d), rel=1e-14)
     assert float(abs(cuda.clip(u, 1.0, out=u) * math.sqrt(d) - 1).max()) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 70), (3, 2, 1, 5)], ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+@dtypes
+def test_lstm_cells(xp, shape, shared, dtype):
+    w, T, b, n = shape
+    z, W = random(20, (w, T, b, 4 * n), dtype), random(21, (1 if shared else w, 4 * n, n), dtype) / dtype(n)
+    h, c, slopes = random(22, (w, T + 1, b, n), dtype), random(23, (w, T + 1, b, n), dtype), random(24, shape, dtype)
+    there = [put(xp, array) for array in (z, W, h, c, slopes)]
+    for twin, state in ((cuda, there), (None, [z, W, h, c, slopes])):
+        forward, backward = ((cells.lstm_forward.definition, cells.lstm_backward.definition) if twin is None else
+                             (cuda.lstm_forward, cuda.lstm_backward))
+        assert forward(*state[:4]) is None and backward(state[0], state[1], state[3], state[4]) is None
+    for found, expected in zip(there, (z, W, h, c, slopes), strict=True):
+        np.testing.assert_allclose(device.host(found), expected, rtol=0, atol=20 * EPS[dtype])
+    assert cuda.lstm_forward(there[0].astype(np.float16), *there[1:4]) is NotImplemented
+    assert cuda.lstm_forward(there[0], there[1][:, :4], *there[2:4]) is NotImplemented
+    assert cuda.lstm_backward(*there[:2], there[3], there[4][:, 1:]) is NotImplemented
+
+
+@pytest.mark.parametrize(("m", "V"), [(1, 1), (3, 40), (4, 1027)])
+@dtypes
+def test_cross_entropies_and_sums_of_rows(xp, m, V, dtype):
+    z, bias, y = random(25, (m, V), dtype), random(26, V, dtype), np.random.default_rng(27).integers(0, V, m)
+    if m > 1:
+        z[1, 5], z[2, 7] = np.nan, -np.inf
+    there, values, expected = put(xp, z), xp.empty(m), np.empty(m)
+    assert cuda.cross_entropies(there, put(xp, bias), xp.asarray(y), 0.3, values) is None
+    cells.cross_entropies.definition(z, bias, y, 0.3, expected)
+    np.testing.assert_allclose(device.host(values), expected, rtol=10 * EPS[dtype], atol=10 * EPS[dtype])
+    np.testing.assert_allclose(device.host(there), z, rtol=40 * EPS[dtype], atol=EPS[dtype])
+    out, rows = random(28, (3, V), dtype), np.random.default_rng(29).integers(0, 3, m)
+    sums = put(xp, out)
+    assert cuda.add_rows(sums, xp.asarray(rows), there) is None
+    cells.add_rows.definition(out, rows, device.host(there))
+    assert device.host(sums).tobytes() == out.tobytes()
+    assert cuda.add_rows(sums, xp.asarray(rows[:-1]), there) is cuda.add_rows(sums.T, rows, there) is NotImplemented
+    assert cuda.cross_entropies(there, put(xp, bias[:-1]), xp.asarray(y), 0.3, values) is NotImplemented
 
 
 # --- what runs them is right ------------------------------------------------------------------------------------------

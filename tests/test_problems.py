@@ -134,6 +134,20 @@ def close(found, expected, dtype="float64"):
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def has_loss_and_gradient(problem, x, data, batch, clip, losses, gradients):
+    """That loss_grad gives these, in x's dtype, with a place for the gradient and without the loss, too; x stays as it
+    is; workers 1 and 5, who have no data, get zeros."""
+    out, before = np.full_like(gradients, np.nan, x.dtype), x.copy()
+    loss, grad = problem.loss_grad(x, data, batch, out, clip=clip)
+    nothing, again = problem.loss_grad(x, data, batch, loss=False, clip=clip)
+    assert grad is out and grad.dtype == x.dtype and loss.dtype == np.float64
+    close(grad, gradients, x.dtype)
+    close(loss, losses, x.dtype)
+    assert np.array_equal(x, before)
+    assert not grad[1].any() and not grad[5].any() and loss[1] == loss[5] == 0
+    assert nothing is None and again.tobytes() == grad.tobytes()
+
+
 @way
 @model
 @dense_and_sparse
@@ -710,7 +724,7 @@ def test_accuracy(sparse):
     assert softmax.accuracy(np.array([1.0, 0, 0, 1, -1, 0]), data) == (5, 5)
     assert softmax.accuracy(np.array([0, 0, 0, 0, 0, 0.0]), data) == (3, 5)
     classifiers = [p.name for p in map(problems.load, problems.names()) if p.classifier]
-    assert classifiers == ["cnn", "logistic", "mlp", "softmax"]
+    assert classifiers == ["cnn", "logistic", "mlp", "resnet", "softmax"]
 
 
 @pytest.mark.parametrize("name", ["logistic", "softmax", "mlp"])
@@ -758,7 +772,8 @@ def test_start():
 
 
 def test_names_and_load():
-    assert problems.names() == ["cnn", "linear", "logistic", "mlp", "quadratic", "softmax"]
+    assert problems.names() == ["cnn", "linear", "logistic", "lstm", "mlp", "polynomial", "quadratic", "resnet",
+                                "softmax"]
     assert problems.load("logistic") is problems.Logistic and problems.Logistic.name == "logistic"
     with pytest.raises(InputError, match=r"^problem.name: there is no 'logistik'; did you mean 'logistic'\?$"):
         problems.load("logistik")
@@ -790,7 +805,7 @@ def test_labels_that_do_not_fit(name, y, words):
     assert all(word in str(error.value) for word in ["data.file", name, *words]) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["linear", "logistic", "softmax", "mlp", "cnn"])
+@pytest.mark.parametrize("name", ["linear", "logistic", "softmax", "mlp", "cnn", "resnet"])
 def test_no_data(name):
     with pytest.raises(InputError, match=f"'{name}' learns from data.*expected data.file"):
         problems.load(name)().prepare(None, np.arange(2), 2, 0, "float64")

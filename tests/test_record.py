@@ -104,6 +104,20 @@ def test_a_line_that_was_begun_and_not_written_is_no_line(tmp_path):
     assert is_lines(read(tmp_path)[1], [0, 1])
 
 
+def test_resume_adds_the_columns_of_a_newer_version(tmp_path):
+    """suspicion has three numbers."""
+    old = Record.create(tmp_path, {}, ["round", "loss"])
+    for k in range(3):
+        old.append({"round": k, "loss": k / 2})
+    old.close()
+    new = Record.resume(tmp_path, 1, columns=["round", ("suspicion", 3), "loss", "epochs"])
+    new.append({"round": 2, "loss": 5.0, "epochs": 7.0, "suspicion": np.arange(3.0)})
+    new.close()
+    _, lines = read(tmp_path)
+    assert lines["loss"].tolist() == [0, 0.5, 5] and lines["epochs"][2] == 7 and np.isnan(lines["epochs"][:2]).all()
+    assert lines["suspicion"][2].tolist() == [0, 1, 2] and np.isnan(lines["suspicion"][:2]).all()
+
+
 def test_resume_keeps_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
     run = Record.create(tmp_path, {"ranks": 1}, COLUMNS)
     for k in range(10):

@@ -85,11 +85,11 @@ class Network(Problem):
         grad = xp(x).empty((w, x.shape[-1]), x.dtype) if out is None else out
         parameters, gradients = list(split(x, data.layers)), list(split(grad, data.layers))
         losses = xp(x).zeros(w) if loss else None
-        for workers, begin, ends in pieces(offsets):
+        for workers, begin, ends in pieces(offsets, self.together(data)):
             own = [(of(W, 3, workers), of(bias, 2, workers)) for W, bias in parameters]
             places, spans = slice(begin, begin + int(ends[-1])), spans_of(data.whole, ends)
-            places = places if rows is None else xp(x).asarray(rows[places])
-            *h, z = self._forward(own, data, places, spans)
+            h, places = self.picked(data, places if rows is None else xp(x).asarray(rows[places]))
+            *h, z = self._forward(own, data, h, spans)
             values, slopes = cross_entropy(z, data.y[places])
             share = per_row(1 / denominators[workers], ends, z)
             slopes *= share
@@ -112,15 +112,23 @@ class Network(Problem):
     def accuracy(self, x, data) -> tuple[int, int]:
         """(rows whose class has the highest score, rows)"""
         parameters, right = list(split(x, data.layers)), 0
-        for _, begin, ends in pieces(np.array([0, len(data.y)])):
-            rows = slice(begin, begin + int(ends[-1]))
-            z = self._forward(parameters, data, rows, spans_of(data.whole, ends))[-1]
+        for _, begin, ends in pieces(np.array([0, len(data.y)]), self.together(data)):
+            h, rows = self.picked(data, slice(begin, begin + int(ends[-1])))
+            z = self._forward(parameters, data, h, spans_of(data.whole, ends))[-1]
             right += (z.argmax(1) == data.y[rows]).sum()
         return int(host(right)), len(data.y)
 
-    def _forward(self, parameters, data, rows, spans) -> list:
-        """[h_0, …, h_{L−1}, z] of these rows of the data"""
-        h = [take(data, rows)]
+    def together(self, data) -> int:
+        """Rows that go through the layers together."""
+        return PART
+
+    def picked(self, data, places) -> tuple[Any, Any]:
+        """(h_0 of a minibatch's rows, the numbers of these rows); places: a slice, or (m,)."""
+        return take(data, places), places
+
+    def _forward(self, parameters, data, first, spans) -> list:
+        """[what each layer sees, …, z], the former h_0 = first, …, h_{L−1} where layers follow each other"""
+        h = [first]
         for k, (layer, (W, bias)) in enumerate(zip(data.layers, parameters, strict=True)):
             z = layer.apply(h[-1], W, bias, spans, partial(data.buffer, k))
             if k + 1 < len(parameters):
@@ -190,18 +198,18 @@ def of(array, axes: int, workers: slice):
     return array[workers] if array.ndim == axes else array
 
 
-def pieces(offsets) -> Iterator[tuple[slice, int, np.ndarray]]:
-    """Rows that go through the layers together, at most PART: those of several workers, or a part of one's. (the
+def pieces(offsets, most: int) -> Iterator[tuple[slice, int, np.ndarray]]:
+    """Rows that go through the layers together, at most so many: those of several workers, or a part of one's. (the
     workers; the first row; where each one's rows end, counted from there and with a 0 before)"""
     i, w = 0, len(offsets) - 1
     while i < w:
-        j = min(int(np.searchsorted(offsets, offsets[i] + PART, side="right")) - 1, w)
+        j = min(int(np.searchsorted(offsets, offsets[i] + most, side="right")) - 1, w)
         if j > i:
             yield slice(i, j), int(offsets[i]), offsets[i:j + 1] - offsets[i]
         else:
             j = i + 1
-            for begin in range(int(offsets[i]), int(offsets[j]), PART):
-                yield slice(i, j), begin, np.array([0, min(PART, offsets[j] - begin)])
+            for begin in range(int(offsets[i]), int(offsets[j]), most):
+                yield slice(i, j), begin, np.array([0, min(most, offsets[j] - begin)])
         i = j
 
 
@@ -276,5 +284,5 @@ def shrink(data, h, δ, lengths, most) -> None:
     for k in range(1, len(δ)):
         total = total + data.layers[k].squares(h[k], δ[k], partial(data.buffer, k))
     factors = shrinkage(xp(total).sqrt(total), most)[:, None]
-    for slopes in δ:
+    for slopes in {id(slopes): slopes for slopes in δ}.values():        # two layers may have the same ones
         slopes *= factors

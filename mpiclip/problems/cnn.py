@@ -13,14 +13,15 @@ from pydantic import Field
 
 from ..device import accelerated, xp
 from ..errors import InputError
-from ._layers import Full, Network, add_bias
+from ._images import ImageNetwork
+from ._layers import Full, add_bias
 from ._linear_model import blocks, squares
 
 # Numbers of a layer's patches, or of single rows' gradients, that are there at once: on a CPU they stay in the cache.
 CHUNK, GPU_CHUNK = 1 << 17, 1 << 28
 
 
-class CNN(Network):
+class CNN(ImageNetwork):
     """LeNet: h_0 is an image, h_l = σ(pool(W_l ∗ h_{l−1} + β_l)) for the convolutions, of which channels says how many
     channels each makes; then hidden… fully connected layers, and the scores. As PyTorch's Conv2d(·, ·, kernel,
     padding=padding), MaxPool2d(pool) and Linear. On images of 28 × 28 the defaults have 431,080 parameters: LeCun,
@@ -36,11 +37,7 @@ class CNN(Network):
     activation: Literal["tanh", "relu"] = "relu"
 
     def layers(self, shard, outputs):
-        if shard.image is None or len(shard.image) not in (2, 3):
-            found = f"{shard.features} numbers" if shard.image is None else " × ".join(map(str, shard.image))
-            raise InputError(f"data.file: found rows of {found}; problem.name = 'cnn' expected images, (height, width) "
-                             "or (channels, height, width), as `mpiclip data import` makes them of idx or cifar files")
-        before, *size = shard.image if len(shard.image) == 3 else (1, *shard.image)
+        before, *size = self.image(shard)
         convolutions: list[Convolution] = []
         for k, channels in enumerate(self.channels):
             layer = Convolution(before, (size[0], size[1]), channels, self.kernel, self.padding, self.pool, k == 0,
@@ -69,6 +66,10 @@ class Convolution:
     pool: int
     first: bool
     last: bool
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        return self.before, *self.size
 
     @property
     def inputs(self) -> int:
@@ -212,10 +213,10 @@ def sums_of_patches(images, slopes, which, starts, kernel: int, pool: int, out, 
                                      a.reshape(shape[0], -1, out.shape[2]))
 
 
-def chunks(images, kernel: int, numbers: int, starts) -> Iterator[tuple[slice, slice, tuple[int, int], tuple]]:
+def chunks(images, kernel: int, numbers: int, starts, stride: int = 1) -> Iterator[tuple]:
     """Rows that are worked on at once, where each place of the kernel takes so many numbers: those of several workers,
     or a part of one's. (the workers, the rows, (workers, rows each), (rows, places down, places across))"""
-    size = [n - kernel + 1 for n in images.shape[1:3]]
+    size = [(n - kernel) // stride + 1 for n in images.shape[1:3]]
     most = at_once(images, prod(size) * numbers)
     for workers, rows, (w, each) in blocks(starts):
         step = most // each if each else w
@@ -226,22 +227,22 @@ def chunks(images, kernel: int, numbers: int, starts) -> Iterator[tuple[slice, s
                 yield slice(workers.start + i, workers.start + i + n), slice(begin, begin + m), (n, m // n), (m, *size)
 
 
-def patches(images, kernel: int, out):
-    """The kernel × kernel parts of all images, each as (line, column, channel) flattened; out is filled and
-    returned."""
-    windows = xp(images).lib.stride_tricks.sliding_window_view(images, (kernel, kernel), (1, 2))
+def patches(images, kernel: int, out, stride: int = 1):
+    """The kernel × kernel parts of all images, at every stride-th place, each as (line, column, channel) flattened; out
+    is filled and returned."""
+    windows = xp(images).lib.stride_tricks.sliding_window_view(images, (kernel, kernel), (1, 2))[:, ::stride, ::stride]
     out.reshape(*out.shape[:3], kernel, kernel, -1)[:] = windows.transpose(0, 1, 2, 4, 5, 3)
     return out
 
 
-def fold(a, kernel: int, out):
+def fold(a, kernel: int, out, stride: int = 1):
     """The transpose of `patches`: each patch is added to where it was taken; out is filled and returned."""
     m, height, width, _ = a.shape
     a = a.reshape(m, height, width, kernel, kernel, -1)
     out[:] = 0
     for i in range(kernel):
         for j in range(kernel):
-            out[:, i:i + height, j:j + width] += a[:, :, :, i, j]
+            out[:, i:i + height * stride:stride, j:j + width * stride:stride] += a[:, :, :, i, j]
     return out
 
 
