@@ -254,8 +254,8 @@ class ModelWorkers(Workers):
         """Random numbers for a worker's next minibatch."""
         return stream(self.seed, self._purpose, worker, self.round, self._step)
 
-    def _gradients(self, x, batch, loss: bool = False, clip: float | None = None):
-        return super()._gradients(x, self._draw() if batch is None else batch, loss, clip)
+    def _gradients(self, x, batch, out, loss: bool = False, clip: float | None = None):
+        return super()._gradients(x, self._draw() if batch is None else batch, out, loss, clip)
 
     def _draw(self) -> list[Any]:
         self.problem.call = self.round, self._step, zlib.crc32(self._purpose.encode())

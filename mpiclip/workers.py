@@ -105,7 +105,7 @@ class Workers:
         batch = self._draw()
         self._last = x, batch
         if x is not self._known:
-            self._gradients(self._of_all(x), batch, clip=self.examples.clip if self.examples else None)
+            self._gradients(self._of_all(x), batch, self._all_i, clip=self.examples.clip if self.examples else None)
             if self._g_i is not self._all_i:
                 self._g_i[:] = self._all_i[self._here]
         if self.secret and self.tolerant and not self.examples:
@@ -217,9 +217,7 @@ class Workers:
         if aside and self._looked_i is None:
             self._looked_i = self.device.xp.empty_like(self._rows)
         g_i = self._looked_i if aside and not self.keeps else self._rows
-        start = perf_counter()
-        loss_i, _ = self.problem.loss_grad(x, self.data, self._looked_at, out=g_i)
-        self.seconds += perf_counter() - start
+        loss_i = self._gradients(x, self._looked_at, g_i, loss=True)
         self._known = x if self.keeps else None
         if aside and self.keeps:
             self._looked_i[:] = g_i
@@ -233,14 +231,14 @@ class Workers:
 
     def first_norms(self, x) -> np.ndarray:
         """‖∇f_i(x)‖ of all honest workers, in order, on every rank: (honest,) float64."""
-        self._gradients(x, None)
+        self._gradients(x, None, self._g_i)
         return np.concatenate(self.comm.all(host(ops.norms(self._g_i))))[:self.honest]
 
     # ---- inside
 
-    def _gradients(self, x, batch, loss: bool = False, clip: float | None = None):
+    def _gradients(self, x, batch, out, loss: bool = False, clip: float | None = None):
         start = perf_counter()
-        loss_i, _ = self.problem.loss_grad(x, self.data, batch, out=self._all_i, loss=loss, clip=clip)
+        loss_i, _ = self.problem.loss_grad(x, self.data, batch, out=out, loss=loss, clip=clip)
         self.seconds += perf_counter() - start
         return loss_i
 

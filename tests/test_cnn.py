@@ -14,7 +14,7 @@ from mpiclip import device, problems
 from mpiclip.data import Shard
 from mpiclip.errors import InputError
 from mpiclip.problems import _layers, cnn
-from test_problems import BATCH, COUNTS, NOBODY, close, has_loss_and_gradient, prepared, rng
+from test_problems import BATCH, COUNTS, NOBODY, close, has_central_differences, has_loss_and_gradient, prepared, rng
 
 if device.compiled():
     from mpiclip.kernels import cpu
@@ -168,13 +168,7 @@ def test_loss_and_gradient(monkeypatch, image, keys, dtype, per_worker):
 @networks
 def test_gradient_against_central_differences(image, keys):
     problem, data, *_ = example(image, counts=(4, 0, 3), regularizer="nonconvex", lam=0.7, **keys)
-    x, h = points(problem, data), 1e-6
-    _, grad = problem.loss_grad(x, data)
-    for j in range(0, len(x), 2):
-        e = np.zeros(len(x))
-        e[j] = h
-        difference = (problem.loss_grad(x + e, data)[0] - problem.loss_grad(x - e, data)[0]) / (2 * h)
-        np.testing.assert_allclose(grad[:, j], difference, atol=1e-7)
+    has_central_differences(problem, data, points(problem, data), every=2)
 
 
 @pytest.mark.parametrize("image, keys, d", [

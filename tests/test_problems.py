@@ -134,6 +134,17 @@ def close(found, expected, dtype="float64"):
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def has_central_differences(problem, data, x, every):
+    """That each such number of the gradient is the slope of the loss."""
+    h = 1e-6
+    _, grad = problem.loss_grad(x, data)
+    for j in range(0, len(x), every):
+        e = np.zeros(len(x))
+        e[j] = h
+        difference = (problem.loss_grad(x + e, data)[0] - problem.loss_grad(x - e, data)[0]) / (2 * h)
+        np.testing.assert_allclose(grad[:, j], difference, atol=1e-7)
+
+
 def has_loss_and_gradient(problem, x, data, batch, clip, losses, gradients):
     """That loss_grad gives these, in x's dtype, with a place for the gradient and without the loss, too; x stays as it
     is; workers 1 and 5, who have no data, get zeros."""

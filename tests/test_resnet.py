@@ -14,7 +14,7 @@ from mpiclip.data import Csr, Shard, write
 from mpiclip.errors import InputError
 from mpiclip.problems import cnn, resnet
 from mpiclip.show import summary
-from test_problems import BATCH, COUNTS, NOBODY, close, has_loss_and_gradient, prepared, rng
+from test_problems import BATCH, COUNTS, NOBODY, close, has_central_differences, has_loss_and_gradient, prepared, rng
 
 if device.compiled():
     from mpiclip.kernels import cpu
@@ -171,13 +171,7 @@ def test_loss_and_gradient(monkeypatch, image, keys, dtype, per_worker):
 
 def test_gradient_against_central_differences():
     problem, data, *_ = example((2, 6, 5), counts=(2, 0, 2), channels=[2, 3], regularizer="nonconvex", lam=0.7)
-    x, h = points(problem, data), 1e-6
-    _, grad = problem.loss_grad(x, data)
-    for j in range(0, len(x), 4):
-        e = np.zeros(len(x))
-        e[j] = h
-        difference = (problem.loss_grad(x + e, data)[0] - problem.loss_grad(x - e, data)[0]) / (2 * h)
-        np.testing.assert_allclose(grad[:, j], difference, atol=1e-7)
+    has_central_differences(problem, data, points(problem, data), every=4)
 
 
 # PyTorch 2.13 in float64: the loss, ‖∇‖ and Σ_j ∇_j cos j at x_j = ½ sin(3 j) of the network as the docstring has it,

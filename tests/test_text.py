@@ -14,10 +14,10 @@ import pytest
 
 from mpiclip import data, splits, text
 from mpiclip.__main__ import main
-from mpiclip.errors import InputError
 from mpiclip.importers import import_file
 from mpiclip.streams import stream
 from mpiclip.training import train
+from test_data import refused
 
 PLAY = """A PLAY
 
@@ -37,16 +37,6 @@ That follows .
 
 Enter a ghost"""
 TITLES = " \n = Bees = \n \n A bee : \n \n = = Wings = = \n \n Four = 2 + 2 \n \n = Ants = \n \n x \n \n = y = \n z \n"
-
-
-def refused(call, *expected):
-    """The call ends in an InputError of one line that says all of `expected`."""
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in expected:
-        assert part in message, message
 
 
 def words(content):

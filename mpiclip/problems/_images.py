@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
@@ -43,6 +44,25 @@ class ImageNetwork(Network):
         channels, height, width = data.layers[0].image
         shift_and_mirror(data.a, rows, versions, self.crop, self.flip, out.reshape(-1, channels, height, width))
         return out, rows
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What a layer of convolutions sees of its rows h."""
+
+    before: int                     # channels of h
+    size: tuple[int, int]           # height, width of h
+    outputs: int                    # channels that it makes
+    kernel: int
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        return self.before, *self.size
+
+    @property
+    def inputs(self) -> int:
+        """numbers of a patch"""
+        return self.before * self.kernel**2
 
 
 def shift_and_mirror(a, rows, versions, crop: int, flip: bool, out) -> None:

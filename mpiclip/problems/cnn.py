@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ..device import accelerated, xp
 from ..errors import InputError
-from ._images import ImageNetwork
+from ._images import ImageNetwork, Patches
 from ._layers import Full, add_bias
 from ._linear_model import blocks, squares
 
@@ -53,27 +53,15 @@ class CNN(ImageNetwork):
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Patches):
     """pool(W ∗ h + β). Rows h are images (height, width, channels), flattened: what a patch holds of one line is then
     one piece of memory. The first layer's, and what the last one makes, have the channels first, as the data and
     PyTorch's `flatten` have them."""
 
-    before: int                     # channels of h
-    size: tuple[int, int]           # height, width of h
-    outputs: int                    # channels that it makes
-    kernel: int
     padding: int
     pool: int
     first: bool
     last: bool
-
-    @property
-    def image(self) -> tuple[int, int, int]:
-        return self.before, *self.size
-
-    @property
-    def inputs(self) -> int:
-        return self.before * self.kernel**2
 
     @property
     def map(self) -> tuple[int, int]:

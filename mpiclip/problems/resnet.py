@@ -14,7 +14,7 @@ from pydantic import Field
 from ..device import accelerated, xp
 from ..errors import InputError
 from ..streams import stream
-from ._images import ImageNetwork
+from ._images import ImageNetwork, Patches
 from ._layers import PART, Full
 from ._linear_model import squares
 from .cnn import at_once, chunks, fold, patches, starts_of
@@ -112,24 +112,12 @@ class ResNet(ImageNetwork):
 
 
 @dataclass(frozen=True)
-class Filters:
+class Filters(Patches):
     """W ∗ h + β at every stride-th place, with zeros around h so that a stride of 1 keeps its size. Rows h are images
     (height, width, channels), flattened."""
 
-    before: int                     # channels of h
-    size: tuple[int, int]           # height, width of h
-    outputs: int                    # channels that it makes
-    kernel: int
     stride: int
     start: float                    # how large x⁰ is
-
-    @property
-    def image(self) -> tuple[int, int, int]:
-        return self.before, *self.size
-
-    @property
-    def inputs(self) -> int:
-        return self.before * self.kernel**2
 
     @property
     def padding(self) -> int:
